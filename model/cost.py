@@ -1,0 +1,46 @@
+"""What a model costs, counted from its modules: parameters, FLOPs per token, cache bytes per token.
+
+Works on the meta device, so a model too large for this machine can be counted too. FLOPs follow the convention of PaLM:
+6 per parameter and token for the matrix products of forward and backward, plus attention as if each token saw its whole
+window (causality is not subtracted). Looking up a row of a table costs nothing.
+"""
+
+import torch
+
+from model.language_model import LanguageModel
+from model.layers.attention import Attention
+
+COUNTED_ROLES = {
+    "embedding": "wte",
+    "value_embedding": "value_embeds",
+    "unembedding": "lm_head",
+    "matrix": "transformer_matrices",
+}
+
+
+def parameter_counts(model: LanguageModel) -> dict[str, int]:
+    """How many parameters are tables, head, matrices of the blocks, and everything else (scalars); and the total."""
+    counts = dict.fromkeys([*COUNTED_ROLES.values(), "scalars"], 0)
+    for role, parameters in model.parameter_roles().items():
+        counts[COUNTED_ROLES.get(role, "scalars")] += sum(p.numel() for p in parameters)
+    return {**counts, "total": sum(counts.values())}
+
+
+def scaling_parameters(model: LanguageModel) -> int:
+    """The parameters that every token multiplies with, which the scaling laws count: blocks and head."""
+    return parameter_counts(model)["transformer_matrices"] + model.head_weight.numel()
+
+
+def flops_per_token(model: LanguageModel) -> int:
+    """Training FLOPs (forward and backward) per token of a full row."""
+    rows = model.context_len
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    seen = [rows if layer.window is None else min(layer.window, rows) for layer in layers]
+    attention = sum(12 * layer.n_head * layer.head_dim * n for layer, n in zip(layers, seen))
+    return 6 * scaling_parameters(model) + attention
+
+
+def kv_bytes_per_token(model: LanguageModel, dtype: torch.dtype | None = None) -> int:
+    """Bytes a token occupies in the key-value cache."""
+    n_layer, n_kv_head, head_dim = model.cache_shape
+    return 2 * n_layer * n_kv_head * head_dim * (dtype or model.dtype).itemsize

@@ -1,0 +1,96 @@
+"""Causal self-attention of every family: projections, rotary positions, optional QK norm, value gate and cache.
+
+One `forward` serves training and decoding. Without a cache the tokens are whole rows from position 0; with one they
+continue each row where the cache stands, and row lengths stay on the device, so that a step can be captured in a graph.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from model.layers.linear import Linear
+from model.ops import Ops
+
+
+class Cache(Protocol):
+    """What a model asks of its key-value cache; inference/kv_cache.py is the one we have."""
+
+    lengths: Tensor  # [B] int32: tokens each row holds, that is the position of its next token
+    ends: Tensor  # [B] int32: lengths plus the tokens of the call in progress
+    is_empty: bool  # no row holds a token yet, known without asking the device
+
+    def reserve(self, n_tokens: int) -> None: ...
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def advance(self, n_tokens: int | Tensor) -> None: ...
+    def recall(self, name: str, like: Tensor) -> Tensor: ...
+    def remember(self, name: str, value: Tensor) -> None: ...
+
+
+class Attention(nn.Module):
+    """Grouped-query causal attention.
+
+    layer          its index: which layer of the cache is its own
+    window         how many earlier tokens each token sees; None: all
+    qk_eps         eps of the norm of q and k after the rotation; None: no norm
+    qk_scale       what q and k are multiplied with after that (nanochat's 1.2 sharpens the softmax)
+    gate_channels  how many input channels gate a value embedding; None: there is no value embedding
+    gate_range     the gate is gate_range · sigmoid(W x[:gate_channels])
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        *,
+        layer: int,
+        n_embd: int,
+        n_head: int,
+        n_kv_head: int,
+        window: int | None = None,
+        qk_eps: float | None = None,
+        qk_scale: float = 1.0,
+        gate_channels: int | None = None,
+        gate_range: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.ops, self.layer, self.window = ops, layer, window
+        self.n_head, self.n_kv_head, self.head_dim = n_head, n_kv_head, n_embd // n_head
+        self.qk_eps, self.qk_scale = qk_eps, qk_scale
+        self.gate_channels, self.gate_range = gate_channels, gate_range
+        self.c_q = Linear(n_embd, n_head * self.head_dim)
+        self.c_k = Linear(n_embd, n_kv_head * self.head_dim)
+        self.c_v = Linear(n_embd, n_kv_head * self.head_dim)
+        self.c_proj = Linear(n_head * self.head_dim, n_embd)
+        if gate_channels is not None:
+            self.ve_gate = Linear(gate_channels, n_kv_head)
+
+    def forward(
+        self,
+        x: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        value_embed: Tensor | None = None,
+        doc_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor:
+        """x [B, T, C] → [B, T, C]; value_embed [B, T, Hkv·D] is added to the values, gated per head."""
+        B, T, _ = x.shape
+        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
+        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
+        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        if value_embed is not None:
+            gate = self.gate_range * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, Hkv)
+            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
+        start = 0 if cache is None else cache.lengths
+        q, k = self.ops.qk_norm_rope(q, k, cos, sin, start=start, eps=self.qk_eps, scale=self.qk_scale)
+        return self.c_proj(self.attend(q, k, v, doc_ids, cache).reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, cache: Cache | None) -> Tensor:
+        """Attention over the tokens given and, with a cache, over those before them."""
+        if cache is None:
+            return self.ops.attention(q, k, v, window=self.window, doc_ids=doc_ids)
+        k_all, v_all = cache.append(self.layer, k, v)
+        if cache.is_empty:  # a first prefill sees nothing but itself: the training kernel does it best
+            return self.ops.attention(q, k, v, window=self.window)
+        return self.ops.attention_decode(q, k_all, v_all, cache.ends, window=self.window)

@@ -1,0 +1,19 @@
+"""RMS norm as a module: with a learned gain (llama) or without any parameter (nanochat)."""
+
+import torch
+from torch import Tensor, nn
+
+from model.ops import Ops
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x), times a gain [width] when a width is given."""
+
+    def __init__(self, ops: Ops, *, eps: float, width: int | None = None) -> None:
+        super().__init__()
+        self.ops = ops
+        self.eps = eps
+        self.weight = None if width is None else nn.Parameter(torch.empty(width, dtype=torch.float32))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rmsnorm(x, self.weight, eps=self.eps)
