@@ -1,0 +1,196 @@
+"""What this process runs on, and how it agrees with the others: read once from torchrun's environment and the config.
+
+Everything below train.py is handed a `Device` and asks no further. One process is the common case and every helper here
+does nothing in it. Errors come before anything is loaded, and say what to write instead.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Optional
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import KestrelError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DEVICES = ("auto", "cpu", "cuda", "mps")
+TORCHRUN_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+
+
+@dataclass
+class HardwareConfig:
+    """What to run on. `auto` looks at the machine."""
+
+    device: str = "auto"
+    dtype: str = "auto"
+    device_batch_size: int = -1  # rows per micro-batch; -1: as many as fit and divide the batch
+    compile: bool = False
+    deterministic: bool = False
+    threads: Optional[int] = None  # CPU threads per process; None: PyTorch's own choice
+
+    def __post_init__(self) -> None:
+        if self.device not in DEVICES:
+            raise KestrelError(f"hardware.device must be one of {', '.join(DEVICES)}, got {self.device!r}")
+        if self.dtype != "auto" and self.dtype not in DTYPES:
+            raise KestrelError(f"hardware.dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.device_batch_size != -1 and self.device_batch_size < 1:
+            raise KestrelError(
+                f"hardware.device_batch_size must be positive, or -1 (auto), got {self.device_batch_size}"
+            )
+        if self.threads is not None and self.threads < 1:
+            raise KestrelError(f"hardware.threads must be positive, or null (automatic), got {self.threads}")
+
+
+@dataclass(frozen=True)
+class Device:
+    """This process: where it computes, in which dtype, and its place among the ranks."""
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Memory of the GPU; None on a CPU."""
+        return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
+
+
+def init(hardware: HardwareConfig, *, timeout_s: float = 600.0) -> Device:
+    """Choose device and dtype, join the other ranks if torchrun started us, set the process-wide switches.
+
+    timeout_s   how long a collective waits for a rank that went missing before the run fails
+    """
+    rank, local_rank, world_size = read_ranks(os.environ)
+    device = choose_device(hardware.device, local_rank)
+    dtype = choose_dtype(hardware.dtype, device)
+    if hardware.threads is not None:
+        torch.set_num_threads(hardware.threads)
+    if hardware.deterministic:
+        make_deterministic(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        if dtype == torch.float32:
+            torch.set_float32_matmul_precision("high")  # TF32: fp32 range, 10-bit mantissa, several times the speed
+    if world_size > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        device_id = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
+    return Device(device, dtype, rank, local_rank, world_size)
+
+
+def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
+    """(rank, local rank, world size) as torchrun sets them; (0, 0, 1) without torchrun."""
+    present = [key for key in TORCHRUN_KEYS if key in environment]
+    if not present:
+        return 0, 0, 1
+    if len(present) < len(TORCHRUN_KEYS):
+        missing = [key for key in TORCHRUN_KEYS if key not in environment]
+        raise KestrelError(
+            f"{', '.join(present)} is set in the environment but {', '.join(missing)} is not; "
+            "start with torchrun --nproc_per_node=N train.py, or unset it"
+        )
+    rank, local_rank, world_size = (int(environment[key]) for key in TORCHRUN_KEYS)
+    return rank, local_rank, world_size
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """auto is the GPU if there is one, else the CPU. Never mps unless asked for: it is untested."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "mps" and not torch.backends.mps.is_available():
+        raise KestrelError("hardware.device=mps but this machine has no Metal GPU; use hardware.device=cpu")
+    if name != "cuda":
+        return torch.device(name)
+    if not torch.cuda.is_available():
+        raise KestrelError(
+            "hardware.device=cuda but PyTorch sees no GPU; use hardware.device=cpu, or install a CUDA build of PyTorch"
+        )
+    if local_rank >= torch.cuda.device_count():
+        raise KestrelError(
+            f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+            f"start torchrun with --nproc_per_node={torch.cuda.device_count()}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """auto is bf16 where the GPU computes in it (sm_80 and up), else fp32."""
+    has_bfloat16 = device.type == "cpu" or (
+        device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    )
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" and has_bfloat16 else torch.float32
+    if name == "bfloat16" and not has_bfloat16:
+        raise KestrelError(
+            f"hardware.dtype=bfloat16 but this {device.type} device has no bf16 arithmetic; use float32 or float16"
+        )
+    if name == "float16" and device.type != "cuda":
+        raise KestrelError(
+            f"hardware.dtype=float16 needs a GPU, but the device is {device.type}; use float32 or bfloat16"
+        )
+    return DTYPES[name]
+
+
+def make_deterministic(device: torch.device) -> None:
+    """Same numbers at every run on the same machine. Where PyTorch has no such kernel on a GPU it warns by name."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, which has not happened yet
+    torch.use_deterministic_algorithms(True, warn_only=device.type == "cuda")
+    torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs memory traffic
+    torch.backends.cudnn.benchmark = False
+
+
+def cleanup() -> None:
+    """Leave the other ranks; harmless when there are none or when it is called twice."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum of x over the ranks, in place and returned."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def all_reduce_mean(x: Tensor) -> Tensor:
+    """Mean of x over the ranks, in place and returned."""
+    if dist.is_initialized():
+        dist.all_reduce(x)
+        x /= dist.get_world_size()
+    return x
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set on some rank: how ranks agree to stop, say, when a signal reached only one of them."""
+    return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item()) if dist.is_initialized() else flag
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def print_main(*values: object) -> None:
+    """print, on rank 0 only."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(*values, flush=True)
