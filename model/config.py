@@ -4,6 +4,7 @@ A family's dataclass lives in the family's file, beside the code that reads it. 
 checks itself in `__post_init__`: a model that cannot exist is refused in one sentence before anything is built.
 """
 
+import math
 from dataclasses import dataclass
 
 from errors import KestrelError
@@ -16,10 +17,10 @@ def require(condition: bool, message: str) -> None:
 
 
 def require_positive(config: "ModelConfig", *names: str) -> None:
-    """Refuse the first of the named fields that is zero or negative."""
+    """Refuse the first of the named fields that is not a positive number."""
     for name in names:
         value = getattr(config, name)
-        require(value > 0, f"model.{name} must be positive, got {value}")
+        require(0 < value < math.inf, f"model.{name} must be a positive number, got {value}")
 
 
 @dataclass

@@ -45,7 +45,7 @@ def constant(value: float) -> Init:
 
 def ramp(first: float, last: float) -> Init:
     """Evenly spaced values: one per layer, from the first to the last."""
-    return lambda shape, generator: torch.linspace(first, last, shape[0], dtype=torch.float32)
+    return lambda shape, generator: torch.linspace(first, last, shape[0], dtype=torch.float64).float()
 
 
 def padded_vocab(vocab_size: int) -> int:
