@@ -1,0 +1,12 @@
+"""The operations of `kernels_torch` that have a Triton kernel, under the same names and signatures."""
+
+import triton
+
+from kernels_triton.rmsnorm import rmsnorm
+
+if triton.knobs.runtime.interpret:
+    from kernels_triton import interpreter
+
+    interpreter.mend()
+
+__all__ = ["rmsnorm"]

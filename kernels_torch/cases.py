@@ -1,0 +1,281 @@
+"""Example inputs and cost of every op: what tests check, what benches time, what `load_ops` proves a kernel with.
+
+A shape is a dictionary of dimensions and options. `check` shapes are small and odd on purpose: the interpreter is slow
+and mistakes live at the edges. `time` shapes are those of real models.
+"""
+# ruff: noqa: C408  (dict(B=2, T=7) reads better than a literal here)
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, rand, randint, randn
+
+Shape = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op.
+
+    inputs          shape → keyword arguments of the op, on the default device
+    flops, bytes    shape → floating-point operations of a forward pass, and values it must read and write at least
+                    (times the size of an element: bytes)
+    backward        work of a backward pass as (flops, bytes), each a multiple of the forward pass
+    differentiable  inputs that get a gradient
+    fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
+    """
+
+    op: str
+    inputs: Callable[..., Shape]
+    flops: Callable[..., float]
+    bytes: Callable[..., float]
+    check: list[Shape]
+    time: list[Shape]
+    backward: tuple[float, float] = (2.0, 2.0)
+    differentiable: tuple[str, ...] = ()
+    fp32: tuple[str, ...] = ()
+
+    def make(self, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Shape:
+        """Keyword arguments of the op for a shape: the same numbers for the same seed on the same kind of device."""
+        torch.manual_seed(seed)
+        with torch.device(device):
+            return self.cast(self.inputs(**shape), dtype)
+
+    def cast(self, inputs: Shape, dtype: torch.dtype) -> Shape:
+        """Fresh leaf tensors with the floating-point ones in `dtype`."""
+        own = {name: torch.promote_types(dtype, torch.float32) if name in self.fp32 else dtype for name in inputs}
+        return {name: clone_as(value, own[name]) for name, value in inputs.items()}
+
+
+def clone_as(value: Any, dtype: torch.dtype) -> Any:
+    """A floating-point tensor in another dtype, other tensors copied, anything else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().to(dtype if value.is_floating_point() else value.dtype, copy=True)
+
+
+def rmsnorm_inputs(M: int, D: int, weight: bool = False, eps: float = 1e-6) -> Shape:
+    return dict(x=randn(M, D), weight=1 + 0.5 * randn(D) if weight else None, eps=eps)
+
+
+def qk_norm_rope_inputs(
+    B: int, T: int, H: int, Hkv: int, D: int, start: int | str = 0, eps: float | None = 1e-6, scale: float = 1.0
+) -> Shape:
+    """start "ragged": one position per row."""
+    S = T + 8
+    angles = torch.outer(torch.arange(S), 100.0 ** (-torch.arange(0, D, 2) / D))
+    start = randint(0, S - T + 1, (B,), dtype=torch.int32) if start == "ragged" else start
+    q, k = randn(B, T, H, D), randn(B, T, Hkv, D)
+    return dict(q=q, k=k, cos=angles.cos(), sin=angles.sin(), start=start, eps=eps, scale=scale)
+
+
+def attention_inputs(
+    B: int, T: int, H: int, Hkv: int, D: int, Tk: int | None = None, window: int | None = None, documents: int = 0
+) -> Shape:
+    """documents: how many each row is cut into at random places, 0 for no doc_ids."""
+    S = T if Tk is None else Tk
+    doc_ids = randint(0, documents, (B, T), dtype=torch.int32).sort(dim=1).values if documents else None
+    return dict(q=randn(B, T, H, D), k=randn(B, S, Hkv, D), v=randn(B, S, Hkv, D), window=window, doc_ids=doc_ids)
+
+
+def attention_decode_inputs(
+    B: int, Tn: int, S: int, H: int, Hkv: int, D: int, window: int | None = None, full: bool = False
+) -> Shape:
+    """full: every row fills the cache; else rows have all lengths and what lies beyond is NaN."""
+    lengths = torch.full((B,), S) if full else randint(Tn, S + 1, (B,))
+    k, v = randn(B, S, Hkv, D), randn(B, S, Hkv, D)
+    beyond = (torch.arange(S) >= lengths[:, None])[:, :, None, None]
+    k, v = k.masked_fill(beyond, torch.nan), v.masked_fill(beyond, torch.nan)
+    return dict(q=randn(B, Tn, H, D), k_cache=k, v_cache=v, lengths=lengths.to(torch.int32), window=window)
+
+
+def linear_cross_entropy_inputs(
+    N: int,
+    D: int,
+    V: int,
+    padding: int = 0,
+    softcap: float | None = None,
+    weights: bool = False,
+    ignored: float = 0.2,
+    reduction: str = "mean",
+) -> Shape:
+    """padding: rows of weight beyond the vocabulary. ignored: what share of the targets is −1."""
+    targets = torch.where(rand(N) < ignored, -1, randint(0, V, (N,)))
+    return dict(
+        x=randn(N, D),
+        weight=randn(V + padding, D) * (3 / D**0.5),
+        targets=targets,
+        token_weights=randn(N) if weights else None,
+        vocab_size=V,
+        softcap=softcap,
+        reduction=reduction,
+    )
+
+
+def relu2_mlp_inputs(N: int, D: int, F: int) -> Shape:
+    return dict(x=randn(N, D), w_up=randn(F, D) / D**0.5, w_down=randn(D, F) / F**0.5)
+
+
+def swiglu_mlp_inputs(N: int, D: int, F: int) -> Shape:
+    return dict(relu2_mlp_inputs(N, D, F), w_gate=randn(F, D) / D**0.5)
+
+
+def visible_pairs(T: int, Tk: int | None = None, window: int | None = None) -> int:
+    """(query, key) pairs of causal attention, documents aside."""
+    Tk = T if Tk is None else Tk
+    reach = Tk if window is None else window + 1
+    return sum(min(Tk - T + t + 1, reach) for t in range(T))
+
+
+def mlp_case(op: str, inputs: Callable[..., Shape], matrices: int, time: list[Shape]) -> Case:
+    """relu² has two matrices, SwiGLU three."""
+    weights = ("w_up", "w_down") if matrices == 2 else ("w_gate", "w_up", "w_down")
+    return Case(
+        op,
+        inputs=inputs,
+        flops=lambda N, D, F: 2 * matrices * N * D * F,
+        bytes=lambda N, D, F: 2 * N * D + matrices * D * F,
+        differentiable=("x", *weights),
+        check=[dict(N=7, D=12, F=20), dict(N=1, D=1, F=1), dict(N=37, D=31, F=53), dict(N=0, D=4, F=8)],
+        time=time,
+    )
+
+
+def d_model(width: int) -> Shape:
+    """A training step of nanochat of that width, 32 rows of 2048."""
+    return dict(N=65536, D=width, F=4 * width)
+
+
+CASES = {
+    case.op: case
+    for case in (
+        Case(
+            "rmsnorm",
+            inputs=rmsnorm_inputs,
+            flops=lambda M, D, **_: 4 * M * D,
+            bytes=lambda M, D, **_: 2 * M * D,
+            backward=(2.0, 1.5),
+            differentiable=("x", "weight"),
+            check=[
+                dict(M=7, D=60, weight=True),
+                dict(M=5, D=33, eps=1e-3),
+                dict(M=37, D=128),
+                dict(M=1, D=1, weight=True),
+                dict(M=130, D=1),
+                dict(M=3, D=1, weight=True),
+                dict(M=67, D=97, weight=True),
+                dict(M=2, D=2176, weight=True),
+                dict(M=0, D=5, weight=True),
+            ],
+            time=[
+                dict(M=M, D=D, weight=weight)
+                for M, D in ((65536, 768), (65536, 1536), (32768, 2176), (32768, 4096), (4096, 768))
+                for weight in (True, False)
+            ],
+        ),
+        Case(
+            "qk_norm_rope",
+            inputs=qk_norm_rope_inputs,
+            flops=lambda B, T, H, Hkv, D, **_: 8 * B * T * (H + Hkv) * D,
+            bytes=lambda B, T, H, Hkv, D, **_: 2 * B * T * (H + Hkv) * D,
+            backward=(2.0, 1.5),
+            differentiable=("q", "k"),
+            fp32=("cos", "sin"),
+            check=[
+                dict(B=2, T=7, H=4, Hkv=2, D=16),
+                dict(B=1, T=5, H=3, Hkv=1, D=6, start=3, scale=1.2),
+                dict(B=3, T=1, H=2, Hkv=2, D=32, start="ragged"),
+                dict(B=2, T=4, H=2, Hkv=2, D=2, start="ragged", eps=None),
+                dict(B=1, T=1, H=1, Hkv=1, D=96, eps=1.1920929e-7, scale=1.2),
+                dict(B=0, T=3, H=2, Hkv=1, D=8),
+            ],
+            time=[dict(B=32, T=2048, H=6, Hkv=6, D=128), dict(B=16, T=2048, H=16, Hkv=16, D=128)],
+        ),
+        Case(
+            "attention",
+            inputs=attention_inputs,
+            flops=lambda B, T, H, Hkv, D, Tk=None, window=None, **_: 4 * B * H * D * visible_pairs(T, Tk, window),
+            bytes=lambda B, T, H, Hkv, D, Tk=None, **_: B * D * (2 * T * H + 2 * (Tk or T) * Hkv),
+            backward=(2.5, 2.0),
+            differentiable=("q", "k", "v"),
+            check=[
+                dict(B=2, T=17, H=4, Hkv=2, D=16),
+                dict(B=1, T=13, H=2, Hkv=2, D=8, window=4),
+                dict(B=2, T=19, H=2, Hkv=1, D=8, documents=3),
+                dict(B=1, T=23, H=3, Hkv=1, D=4, window=5, documents=2),
+                dict(B=1, T=5, Tk=11, H=2, Hkv=1, D=8),
+                dict(B=1, T=3, Tk=11, H=2, Hkv=2, D=8, window=2),
+                dict(B=2, T=1, Tk=9, H=2, Hkv=2, D=8, window=4),
+                dict(B=1, T=1, H=1, Hkv=1, D=1),
+                dict(B=1, T=7, H=2, Hkv=2, D=6, window=0),
+                dict(B=0, T=4, H=2, Hkv=1, D=4),
+            ],
+            time=[
+                dict(B=32, T=2048, H=6, Hkv=6, D=128),
+                dict(B=32, T=2048, H=6, Hkv=6, D=128, window=768),
+                dict(B=16, T=2048, H=16, Hkv=16, D=128),
+                dict(B=4, T=8192, H=16, Hkv=16, D=128),
+                dict(B=4, T=8192, H=16, Hkv=16, D=128, window=2048),
+                dict(B=1, T=32768, H=16, Hkv=16, D=128),
+                dict(B=32, T=2048, H=12, Hkv=12, D=64),
+                dict(B=4, T=8192, H=16, Hkv=4, D=128),
+            ],
+        ),
+        Case(
+            "attention_decode",
+            inputs=attention_decode_inputs,
+            flops=lambda B, Tn, S, H, Hkv, D, window=None, **_: 4 * B * H * D * visible_pairs(Tn, S, window),
+            bytes=lambda B, Tn, S, H, Hkv, D, window=None, **_: (
+                B * D * (2 * Tn * H + 2 * min(S, (S if window is None else window) + Tn) * Hkv)
+            ),
+            check=[
+                dict(B=3, Tn=1, S=17, H=4, Hkv=2, D=16),
+                dict(B=2, Tn=5, S=13, H=2, Hkv=1, D=8, window=3),
+                dict(B=1, Tn=7, S=7, H=2, Hkv=2, D=8, full=True),
+                dict(B=4, Tn=1, S=9, H=1, Hkv=1, D=6, window=0),
+                dict(B=0, Tn=1, S=4, H=2, Hkv=1, D=8),
+            ],
+            time=[
+                dict(B=B, Tn=1, S=2048, H=H, Hkv=Hkv, D=128, full=True)
+                for B, H, Hkv in ((1, 3, 3), (1, 6, 6), (1, 17, 17), (32, 6, 6), (32, 16, 4))
+            ],
+        ),
+        mlp_case("relu2_mlp", relu2_mlp_inputs, 2, [d_model(384), d_model(768), d_model(1280)]),
+        mlp_case("swiglu_mlp", swiglu_mlp_inputs, 3, [dict(N=65536, D=768, F=2048), dict(N=16384, D=2048, F=5632)]),
+        Case(
+            "linear_cross_entropy",
+            inputs=linear_cross_entropy_inputs,
+            flops=lambda N, D, V, **_: 2 * N * D * V,
+            bytes=lambda N, D, V, padding=0, **_: N * D + (V + padding) * D,
+            differentiable=("x", "weight", "token_weights"),
+            fp32=("token_weights",),
+            check=[
+                dict(N=7, D=12, V=33),
+                dict(N=19, D=8, V=41, padding=23, softcap=15.0, weights=True),
+                dict(N=67, D=6, V=10, reduction="sum", softcap=2.0),
+                dict(N=5, D=4, V=9, padding=7, reduction="none", weights=True),
+                dict(N=3, D=4, V=5, ignored=1.0),
+                dict(N=1, D=1, V=1, ignored=0.0),
+                dict(N=0, D=4, V=6),
+            ],
+            time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
+        ),
+        Case(
+            "newton_schulz",
+            inputs=lambda K, r, c, **dtype: dict(g=randn(K, r, c), **dtype),
+            flops=lambda K, r, c, **_: 5 * 2 * K * (2 * min(r, c) ** 2 * max(r, c) + min(r, c) ** 3),
+            bytes=lambda K, r, c, **_: 2 * K * r * c,
+            check=[
+                dict(K=2, r=12, c=12),
+                dict(K=3, r=7, c=31),
+                dict(K=1, r=33, c=5),
+                dict(K=1, r=1, c=1),
+                dict(K=2, r=1, c=9),
+                dict(K=0, r=4, c=6),
+            ],
+            time=[dict(K=12, r=768, c=3072), dict(K=48, r=768, c=768), dict(K=20, r=1280, c=5120)],
+        ),
+    )
+}

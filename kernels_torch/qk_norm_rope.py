@@ -1,0 +1,79 @@
+"""Rotary positions, RMS norm and scale of queries and keys together: all that happens to them before attention."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    start: int | Tensor = 0,
+    eps: float | None = 1e-6,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Rotate each head by its position, normalise it, scale it; in fp32 (fp64 for fp64 input).
+
+    With a head split into halves [x1; x2] and θ = position · frequency, the rotation is by −θ:
+
+        y1 = x1 · cos θ + x2 · sin θ          z = scale · y / sqrt(mean(y²) + eps)
+        y2 = x2 · cos θ − x1 · sin θ
+
+    q         [B, T, H, D]
+    k         [B, T, Hkv, D], the dtype of q
+    cos, sin  [S, D/2] fp32: row p belongs to position p
+    start     position of the first token: an int for all rows, or an integer tensor [B] on the device, one per row;
+              start + T must not pass S (checked for an int; a tensor is never read on the host)
+    eps       None: rotate and scale only (llama has no QK norm)
+    → (q, k) in their own shapes and dtype
+
+    Raises ValueError for shapes that do not fit together and for an int start outside the table.
+    Source: RoFormer, https://arxiv.org/abs/2104.09864, in the half-split layout of GPT-NeoX with the sign of nanochat;
+    QK norm, https://arxiv.org/abs/2010.04245. A rotation keeps the norm, so a kernel may take it before rotating.
+    """
+    check_qk_norm_rope(q, k, cos, sin, start, eps)
+    cos, sin = (table_rows(table, start, q.shape[1]).to(compute_dtype(q)) for table in (cos, sin))
+    return rotate_and_norm(q, cos, sin, eps, scale), rotate_and_norm(k, cos, sin, eps, scale)
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """fp32, unless the input is fp64."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def table_rows(table: Tensor, start: int | Tensor, T: int) -> Tensor:
+    """Rows start … start + T − 1 of [S, D/2], as [1 or B, T, 1, D/2]."""
+    if isinstance(start, Tensor):
+        return table[start[:, None] + torch.arange(T, device=table.device)].unsqueeze(2)
+    return table[start : start + T].view(1, T, 1, -1)
+
+
+def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float | None, scale: float) -> Tensor:
+    x1, x2 = x.to(cos.dtype).chunk(2, dim=-1)
+    y = torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+    if eps is not None:
+        y = F.rms_norm(y, y.shape[-1:], None, eps)
+    return (y if scale == 1.0 else y * scale).to(x.dtype)
+
+
+def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: int | Tensor, eps: float | None) -> None:
+    """Refuse what `qk_norm_rope` cannot mean."""
+    if q.dim() != 4 or k.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        raise ValueError(f"q must be [B, T, H, D] and k [B, T, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(f"q and k must have one floating-point dtype, got {q.dtype} and {k.dtype}")
+    B, T, _, D = q.shape
+    if D % 2 or D == 0:
+        raise ValueError(f"the head width must be even to be rotated, got D={D}")
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != D // 2:
+        raise ValueError(f"cos and sin must be [S, {D // 2}], got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    if isinstance(start, Tensor):
+        if tuple(start.shape) != (B,) or start.is_floating_point() or start.dtype == torch.bool:
+            raise ValueError(f"start must be an int or an integer tensor [{B}], got {start.dtype} {tuple(start.shape)}")
+    elif start < 0 or start + T > cos.shape[0]:
+        raise ValueError(f"positions {start} to {start + T - 1} are outside the rotary table of {cos.shape[0]} rows")
+    if eps is not None and not eps >= 0:
+        raise ValueError(f"qk_norm_rope eps must not be negative, got {eps}")

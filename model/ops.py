@@ -1,0 +1,152 @@
+"""Which code runs each hot operation: decided once, by name, before anything starts.
+
+A backend is a folder beside this one: the word `triton` in a config means the package `kernels_triton`. The model is
+handed the resolved functions (`Ops`) and looks nothing up while it runs. Nothing falls back in silence: what cannot run
+is refused here, in one sentence, and a mix of backends is something the user wrote down.
+"""
+
+import os
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, make_dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from errors import KestrelError
+
+
+@dataclass(frozen=True)
+class Ops:
+    """The hot operations every model is written in. `kernels_torch` says what each one means."""
+
+    rmsnorm: Callable
+    qk_norm_rope: Callable
+    attention: Callable
+    attention_decode: Callable
+    relu2_mlp: Callable
+    swiglu_mlp: Callable
+    linear_cross_entropy: Callable
+    newton_schulz: Callable
+
+
+OP_NAMES = [f.name for f in fields(Ops)]
+SAME_AS_BACKEND = "${.backend}"  # OmegaConf resolves it; without OmegaConf it means the same
+
+# One field per op, each following `backend` unless set: `kernels=triton kernels.attention=torch`.
+KernelConfig = make_dataclass(
+    "KernelConfig", [("backend", str, "torch"), *((op, str, SAME_AS_BACKEND) for op in OP_NAMES)]
+)
+KernelConfig.__module__ = __name__  # so that it can be pickled
+KernelConfig.__doc__ = "The backend of every op: a word X stands for the package kernels_X."
+
+
+def load_ops(config: KernelConfig, device: torch.device | str) -> Ops:
+    """The functions `config` asks for, each proven to be there and, for Triton, to run on `device`.
+
+    Raises KestrelError for a backend that does not exist, cannot run here, or lacks the op.
+    """
+    device = torch.device(device)
+    chosen = chosen_backends(config)
+    modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
+    ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
+    for op, backend in chosen.items():
+        if backend == "triton":
+            prove(op, ops[op], device)
+    return Ops(**ops)
+
+
+def chosen_backends(config: KernelConfig) -> dict[str, str]:
+    """op → backend, in the order of `Ops`."""
+    words = {op: getattr(config, op) for op in OP_NAMES}
+    return {op: config.backend if word == SAME_AS_BACKEND else word for op, word in words.items()}
+
+
+def describe_ops(config: KernelConfig) -> str:
+    """What runs, for logs: "all torch", or "rmsnorm triton, others torch"."""
+    chosen = chosen_backends(config)
+    words = list(chosen.values())
+    usual = max(dict.fromkeys(words), key=words.count)
+    others = [f"{op} {backend}" for op, backend in chosen.items() if backend != usual]
+    text = ", ".join([*others, f"others {usual}"]) if others else f"all {usual}"
+    return f"{text} (triton interpreted)" if "triton" in words and is_interpreted() else text
+
+
+def load_backend(backend: str, device: torch.device) -> ModuleType:
+    """Import kernels_<backend>, after the checks whose failure would otherwise be a riddle."""
+    existing = sorted(path.parent.name.removeprefix("kernels_") for path in ROOT.glob("kernels_*/__init__.py"))
+    if backend not in existing:
+        raise KestrelError(f"there is no backend kernels={backend}; choose from {', '.join(existing)}")
+    if backend == "triton":
+        require_triton(device)
+    return import_module(f"kernels_{backend}")
+
+
+ROOT = Path(__file__).parent.parent
+
+
+def find_op(module: ModuleType, op: str) -> Callable:
+    """The function of that name, or how to do without it."""
+    if op in module.__all__:
+        return getattr(module, op)
+    has = ", ".join(name for name in OP_NAMES if name in module.__all__)
+    raise KestrelError(f"{module.__name__} has no {op}, only {has}: add kernels.{op}=torch")
+
+
+def is_interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter: slow, on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def require_triton(device: torch.device) -> None:
+    """Refuse Triton where it is not installed or has nothing to run on."""
+    if find_spec("triton") is None:
+        raise KestrelError("kernels=triton needs the package triton: pip install triton (Linux), or take kernels=torch")
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            name = torch.cuda.get_device_name(device)
+            raise KestrelError(
+                f"kernels=triton needs a GPU of compute capability 8.0 (Ampere) or newer, and {name} has "
+                f"{capability[0]}.{capability[1]}: take kernels=torch"
+            )
+    elif not is_interpreted():
+        raise KestrelError(
+            f"kernels=triton needs an NVIDIA GPU, and the device is {device}: take kernels=torch, or set the "
+            "environment variable TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
+        )
+
+
+def prove(op: str, function: Callable, device: torch.device) -> None:
+    """Run the op once, forward and backward, on its smallest case and compare with the reference.
+
+    This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
+    precision test: those are in tests/kernels.
+    """
+    reference = getattr(import_module("kernels_torch"), op)
+    case = import_module("kernels_torch.cases").CASES[op]
+    remedy = f"take kernels.{op}=torch"
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            got, expected = (run_case(case, f, device) for f in (function, reference))
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise KestrelError(f"the triton kernel of {op} does not run on {device} ({reason}): {remedy}") from error
+    for a, b in zip(got, expected, strict=True):
+        if a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-2):
+            raise KestrelError(f"the triton kernel of {op} gives wrong results on {device}: {remedy}")
+
+
+def run_case(case: object, function: Callable, device: torch.device) -> list[Tensor]:
+    """Outputs and gradients of `function` on the case's first shape, in fp32."""
+    inputs = case.make(case.check[0], torch.float32, device)
+    leaves = [inputs[name].requires_grad_() for name in case.differentiable if inputs[name] is not None]
+    with torch.enable_grad():
+        out = function(**inputs)
+        outs = list(out) if isinstance(out, tuple) else [out]
+        grads = torch.autograd.grad([o.float().square().sum() for o in outs], leaves) if leaves else []
+    return [*outs, *grads]
