@@ -186,18 +186,21 @@ class Group:
         if self.arrived is not None:
             self.grads = [g.float() for g in self.arrived()]
             self.arrived = None
-            self.squared_norm = self._squared_norm(self.counted_gradients())
+            self.squared_norm = squared_norm(self.counted_gradients(), self.device)
 
     def counted_gradients(self) -> list[Tensor]:
         """The gradients that this rank adds to the norm over all ranks."""
         return self.grads
 
     def scale_gradients(self, factor: Tensor) -> None:
-        torch._foreach_mul_(self.grads, factor)
+        if self.grads:
+            torch._foreach_mul_(self.grads, factor)
 
-    def _squared_norm(self, grads: list[Tensor]) -> Tensor:
-        norms = torch._foreach_norm([g for g in grads if g.numel() > 0])
-        return torch.stack(norms).square().sum() if norms else torch.zeros((), device=self.device)
+
+def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Σ x² over all tensors; a rank that owns no rows has none."""
+    tensors = [x for x in tensors if x.numel() > 0]
+    return torch.stack(torch._foreach_norm(tensors)).square().sum() if tensors else torch.zeros((), device=device)
 
 
 class AdamWGroup(Group):
@@ -242,7 +245,7 @@ class AdamWGroup(Group):
     def update(self, lr_mult: float, momentum: float, weight_decay_mult: float) -> None:
         rows = self.owned_rows()
         exact = [p.float() for p in rows]  # rows themselves where they are fp32
-        mine = [i for i, p in enumerate(rows) if p.numel() > 0]
+        mine = [i for i, p in enumerate(rows) if p.numel() > 0]  # with many ranks some parameters have no row here
         pick = lambda tensors: [tensors[i] for i in mine]
         adamw(
             pick(exact), pick(self.grads), pick(self.exp_avg), pick(self.exp_avg_sq), [], pick(self.t.unbind()),
