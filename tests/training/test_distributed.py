@@ -1,0 +1,178 @@
+"""Choosing a device and a dtype, refusing what the machine cannot do, and ranks that agree with each other."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import KestrelError
+from training import distributed
+from training.distributed import HardwareConfig, choose_device, choose_dtype, read_ranks
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def no_torchrun(monkeypatch):
+    for key in distributed.TORCHRUN_KEYS:
+        monkeypatch.delenv(key, raising=False)
+
+
+@pytest.fixture
+def pretend_gpu(monkeypatch):
+    """A machine with `count` GPUs of a compute capability, as far as choosing goes."""
+
+    def pretend(count=1, capability=(9, 0)):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+
+    return pretend
+
+
+def test_without_torchrun_there_is_one_rank():
+    assert read_ranks({"PATH": "/bin"}) == (0, 0, 1)
+
+
+def test_torchrun_environment_is_read():
+    assert read_ranks({"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}) == (5, 1, 8)
+
+
+@pytest.mark.parametrize("present", [("RANK",), ("RANK", "WORLD_SIZE"), ("LOCAL_RANK",)])
+def test_half_a_torchrun_environment_is_refused_by_name(present):
+    missing = [key for key in distributed.TORCHRUN_KEYS if key not in present]
+    with pytest.raises(KestrelError, match=f"{', '.join(missing)} is not; start with torchrun"):
+        read_ranks(dict.fromkeys(present, "1"))
+
+
+def test_auto_takes_the_gpu_if_there_is_one(pretend_gpu):
+    pretend_gpu(count=0)
+    assert choose_device("auto", 0) == CPU
+    pretend_gpu(count=4)
+    assert choose_device("auto", 3) == torch.device("cuda", 3)
+    assert choose_device("cpu", 3) == CPU
+
+
+def test_missing_gpu_is_refused(pretend_gpu):
+    pretend_gpu(count=0)
+    with pytest.raises(KestrelError, match=r"hardware\.device=cuda but PyTorch sees no GPU; use hardware\.device=cpu"):
+        choose_device("cuda", 0)
+    pretend_gpu(count=2)
+    with pytest.raises(KestrelError, match="--nproc_per_node=2"):
+        choose_device("cuda", 2)
+
+
+def test_mps_must_exist_to_be_chosen(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    with pytest.raises(KestrelError, match="no Metal GPU"):
+        choose_device("mps", 0)
+
+
+def test_auto_dtype_is_bf16_where_the_gpu_has_it(pretend_gpu):
+    assert choose_dtype("auto", CPU) == torch.float32
+    pretend_gpu(capability=(8, 0))
+    assert choose_dtype("auto", GPU) == torch.bfloat16
+    pretend_gpu(capability=(7, 5))
+    assert choose_dtype("auto", GPU) == torch.float32
+
+
+def test_dtype_the_device_lacks_is_refused(pretend_gpu):
+    pretend_gpu(capability=(7, 5))
+    with pytest.raises(KestrelError, match=r"hardware\.dtype=bfloat16 but .* use float32 or float16"):
+        choose_dtype("bfloat16", GPU)
+    assert choose_dtype("float16", GPU) == torch.float16
+    with pytest.raises(KestrelError, match=r"hardware\.dtype=float16 needs a GPU"):
+        choose_dtype("float16", CPU)
+    assert choose_dtype("bfloat16", CPU) == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"device": "gpu"}, r"hardware\.device must be one of auto, cpu, cuda, mps, got 'gpu'"),
+        ({"dtype": "bf16"}, r"hardware\.dtype must be one of .*got 'bf16'"),
+        ({"device_batch_size": 0}, r"hardware\.device_batch_size must be positive, or -1"),
+        ({"threads": 0}, r"hardware\.threads must be positive, or null"),
+    ],
+)
+def test_bad_hardware_is_refused_by_name(changes, message):
+    with pytest.raises(KestrelError, match=message):
+        HardwareConfig(**changes)
+
+
+def test_one_process_needs_no_group(no_torchrun):
+    device = distributed.init(HardwareConfig(device="cpu"))
+    assert (device.device, device.dtype, device.rank, device.world_size) == (CPU, torch.float32, 0, 1)
+    assert device.is_main
+    assert device.memory_bytes is None
+    assert not torch.distributed.is_initialized()
+    x = torch.tensor([1.0, 2.0])
+    distributed.barrier()
+    assert torch.equal(distributed.all_reduce_mean(x), torch.tensor([1.0, 2.0]))
+    assert torch.equal(distributed.all_reduce_sum(x), torch.tensor([1.0, 2.0]))
+    assert distributed.broadcast_object({"a": 1}) == {"a": 1}
+    assert distributed.any_rank(True, CPU)
+    assert not distributed.any_rank(False, CPU)
+    distributed.destroy()
+
+
+def test_threads_and_determinism_are_set(no_torchrun, monkeypatch):
+    threads, fill = torch.get_num_threads(), torch.utils.deterministic.fill_uninitialized_memory
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        torch.use_deterministic_algorithms(False)
+        distributed.init(HardwareConfig(device="cpu", threads=1))
+        assert torch.get_num_threads() == 1
+        assert not torch.are_deterministic_algorithms_enabled()
+        distributed.init(HardwareConfig(device="cpu", deterministic=True))
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+RANK_PROGRAM = """
+import torch
+from training import distributed
+device = distributed.init(distributed.HardwareConfig(device="cpu", threads=1), timeout_s=60)
+rank = device.rank
+distributed.print_main("spoken by", rank, "of", device.world_size)
+assert device.is_main == (rank == 0)
+assert distributed.all_reduce_sum(torch.tensor(rank + 1.0)) == 3
+assert distributed.all_reduce_mean(torch.tensor(rank + 1.0)) == 1.5
+assert distributed.broadcast_object({"from": rank} if rank == 0 else None) == {"from": 0}
+assert distributed.any_rank(rank == 1, device.device) and not distributed.any_rank(False, device.device)
+distributed.barrier()
+distributed.destroy()
+distributed.destroy()
+"""
+
+
+def test_two_ranks_agree_and_one_speaks():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK_PROGRAM],
+            cwd=ROOT,
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    results = [(*process.communicate(timeout=60), process.returncode) for process in processes]
+    assert [code for _, _, code in results] == [0, 0], results
+    assert [out for out, _, _ in results] == ["spoken by 0 of 2\n", ""]
