@@ -29,6 +29,14 @@ def poison(cache: KVCache) -> KVCache:
     return cache
 
 
+def pieces_of(row: torch.Tensor, stood: list[int], new: list[int]) -> torch.Tensor:
+    """The next new[b] tokens of each row that stands at stood[b], padded on the right with something else."""
+    padded = torch.full((len(new), max(new)), VOCAB - 1, device=row.device)
+    for b, n in enumerate(new):
+        padded[b, :n] = row[b, stood[b] : stood[b] + n]
+    return padded
+
+
 def decode_in_pieces(model, row, sizes) -> torch.Tensor:
     """The logits after each piece [B, pieces, V], from a cache full of NaN."""
     cache = poison(KVCache(model, row.shape[0]))
@@ -59,21 +67,20 @@ def test_ragged_batch_equals_each_row_alone(form, device):
     row, counts = tokens(4, LENGTH, seed=3, device=device), [[1, 7, 40, 130], [9, 0, 13, 2]]
     model = awake(FORMS[form], device=device)
     cache = poison(KVCache(model, 4))
-    stood = [0, 0, 0, 0]
+    stood, got, alone = [0, 0, 0, 0], [], []
     for new in [*counts, *[[1] * 4] * 5]:
-        width = max(new)
-        padded = torch.full((4, width), VOCAB - 1, device=device)
-        for b, n in enumerate(new):
-            padded[b, :n] = row[b, stood[b] : stood[b] + n]
-        got = model.decode(padded, cache, new_tokens=new)
+        logits = model.decode(pieces_of(row, stood, new), cache, new_tokens=new)
         stood = [s + n for s, n in zip(stood, new)]
         assert cache.lengths.tolist() == stood
-        brought = [b for b in range(4) if new[b] > 0]
-        exact, plain = (
-            torch.stack([full_logits(form, row[b : b + 1, : stood[b]], dtype)[0, -1] for b in brought])
-            for dtype in (torch.float64, torch.float32)
-        )
-        assert_close(got[brought], exact, plain, f"{form} at {stood}")
+        for b in range(4):
+            if new[b]:
+                got.append(logits[b])
+                alone.append(row[b : b + 1, : stood[b]])
+    exact, plain = (
+        torch.stack([full_logits(form, tokens_so_far, dtype)[0, -1] for tokens_so_far in alone])
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_close(torch.stack(got), exact, plain, form)
 
 
 def test_any_ragged_schedule_reaches_the_same_end():
@@ -87,10 +94,7 @@ def test_any_ragged_schedule_reaches_the_same_end():
             new = [min(dice.choice([0, 1, 1, 2, 5, 11]), 60 - s) for s in stood]
             if max(new) == 0:
                 continue
-            padded = torch.zeros(3, max(new), dtype=torch.int64)
-            for b, n in enumerate(new):
-                padded[b, :n] = row[b, stood[b] : stood[b] + n]
-            step = model.decode(padded, cache, new_tokens=torch.tensor(new))
+            step = model.decode(pieces_of(row, stood, new), cache, new_tokens=torch.tensor(new))
             stood = [s + n for s, n in zip(stood, new)]
             for b in range(3):
                 if new[b] and stood[b] == 60:

@@ -79,16 +79,12 @@ def test_loss_is_the_cross_entropy_of_the_logits(form, device):
     def by_hand(logits):
         return F.cross_entropy(logits.mT, targets, ignore_index=-1, reduction="none")
 
-    want, plain = by_hand(exact(row)), by_hand(model(row))
-    assert_close(model(row, targets, reduction="none"), want, plain, "none")
-    assert_close(model(row, targets, reduction="sum"), want.sum(), plain.sum(), "sum")
-    assert_close(model(row, targets), want.sum() / 93, plain.sum() / 93, "mean")
-    assert_close(
-        model(row, targets, token_weights=weights),
-        (want * weights).sum() / 93,
-        (plain * weights).sum() / 93,
-        "weighted",
-    )
+    each = model(row, targets, reduction="none")
+    assert_close(each, by_hand(exact(row)), by_hand(model(row)), "none")
+    rounding = {"rtol": each.numel() * torch.finfo(torch.float32).eps, "atol": 0.0}  # of a sum in any order
+    torch.testing.assert_close(model(row, targets, reduction="sum"), each.sum(), **rounding)
+    torch.testing.assert_close(model(row, targets), each.sum() / 93, **rounding)
+    torch.testing.assert_close(model(row, targets, token_weights=weights), (each * weights).sum() / 93, **rounding)
 
 
 @every_form
@@ -117,10 +113,11 @@ def test_activations_stay_in_the_models_dtype(form):
 
 @pytest.mark.parametrize("form", ["2026"])
 def test_compiled_loss_equals_eager(form):
-    model, exact, row = awake(FORMS[form]), awake(FORMS[form], torch.float64), tokens(2, 33)
+    """One graph, traced whole with its backward; the code generator behind it is not ours to test, and slow."""
+    model, row = awake(FORMS[form]), tokens(2, 33)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     eager_loss, loss = model(row[:, :-1], row[:, 1:]), compiled(row[:, :-1], row[:, 1:])
-    assert_close(loss, exact(row[:, :-1], row[:, 1:]), eager_loss, "loss")
+    torch.testing.assert_close(loss, eager_loss)
     want = torch.autograd.grad(eager_loss, list(model.parameters()))
     got = torch.autograd.grad(loss, list(model.parameters()))
     for (name, _), a, b in zip(model.named_parameters(), got, want):

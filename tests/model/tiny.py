@@ -1,6 +1,7 @@
 """Tiny models of every form, small enough to compare position by position, and awake: no projection is zero."""
 
 import torch
+
 from model import build
 from model.config import ModelConfig
 from model.language_model import LanguageModel
