@@ -1,0 +1,378 @@
+"""fables: little English stories from a seeded grammar, the data set that needs no network."""
+
+import functools
+import itertools
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from data import fables_words as words
+from errors import KestrelError
+
+SPLITS = ("train", "val")
+HELD_OUT = 50  # one cast in so many belongs to validation
+PLOTS_FILE = Path(__file__).with_name("fables_plots.txt")
+PRONOUNS = {
+    "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"},
+    "he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
+    "it": {"he": "it", "him": "it", "his": "its", "himself": "itself"},
+}
+ONE_LIMB = {"paws": "paw", "hooves": "hoof", "wings": "wing", "feet": "foot", "hands": "hand"}
+
+
+# -- chance -----------------------------------------------------------------------------------------------------------
+
+
+class Dice:
+    """SplitMix64, started from a hash of the key: the same draws on every platform and in every Python."""
+
+    def __init__(self, *key: object) -> None:
+        self.state = hash64(*key)
+
+    def below(self, n: int) -> int:
+        """A number from 0 to n − 1."""
+        self.state = (self.state + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        z = self.state
+        z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        return ((z ^ (z >> 31)) * n) >> 64
+
+    def pick(self, options: list) -> Any:
+        """One of the options, each as likely as the others."""
+        return options[self.below(len(options))]
+
+
+def hash64(*key: object) -> int:
+    """A number below 2⁶⁴ that depends on the key alone, not on the process (unlike Python's hash)."""
+    return int.from_bytes(blake2b("/".join(map(str, key)).encode(), digest_size=8).digest(), "little")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+class Word:
+    """A word that prints as itself and carries its forms as attributes: {wish}, {wish.a}, {land.in}, {friend.his}.
+
+    Each form also exists with a capital, for the beginning of a sentence: {friend.he} and {friend.He}.
+    """
+
+    def __init__(self, text: str, **forms: str) -> None:
+        self.text = text
+        bare = re.sub(r"^(an?|the) ", "", text)
+        self.forms = {"a": with_article(text), "the": f"the {bare}", "noun": text, "bare": bare, **forms}
+        for name, form in self.forms.items():
+            setattr(self, name, form)
+            setattr(self, capital(name), capital(form))
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def capital(text: str) -> str:
+    """`text` with a capital first letter and the rest as it is."""
+    return text[:1].upper() + text[1:]
+
+
+def with_article(noun: str) -> str:
+    """`noun` behind its a or an, unless it brings an article along. (No word here begins with a silent h.)"""
+    if noun.split()[0] in ("a", "an", "the"):
+        return noun
+    return ("an " if noun[0] in "aeiou" else "a ") + noun
+
+
+def _rows(table: str) -> list[list[str]]:
+    """The cells of a table with a bar between columns."""
+    return [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What somebody is, where it lives and what it can do."""
+
+    name: str
+    house: str
+    limbs: str
+    skills: frozenset[str]
+    may_be_hero: bool
+
+    @property
+    def pronouns(self) -> tuple[str, ...]:
+        """The pronouns one of this kind may have."""
+        fixed = {"girl": ("she",), "boy": ("he",)}
+        return ("it",) if "thing" in self.skills else fixed.get(self.name, ("she", "he"))
+
+
+def _read_kinds() -> dict[str, Kind]:
+    kinds = {}
+    for line in words.KINDS.strip().splitlines():
+        name, house, limbs, *skills = line.split()
+        hero = name.islower()
+        kinds[name.lower()] = Kind(name.lower(), house, limbs, frozenset(skills), hero)
+    return kinds
+
+
+def _read_wishes() -> dict[str, list[list[Word]]]:
+    """Table → what can be wished for, each with the variants of which a story takes one."""
+    wishes = {}
+    for table, text in words.THINGS.items():
+        rows = [(noun, adjectives.split()) for noun, adjectives in _rows(text)]
+        wishes[table] = [[Word(f"{adjective} {noun}", noun=noun) for adjective in some] for noun, some in rows]
+    for table, text in words.THEMES.items():
+        (_, *columns), *rows = _rows(text)
+        wishes[table] = [[Word(wish, **dict(zip(columns, cells)))] for wish, *cells in rows]
+    return wishes
+
+
+KINDS = _read_kinds()
+WISHES = _read_wishes()
+LANDS = [Word(name, **{"in": where, "walk": walk}) for name, where, walk in _rows(words.LANDS)]
+PLACES, TREES, TRAITS, KIN = (
+    [Word(text) for text in texts] for texts in (words.PLACES, words.TREES, words.TRAITS, words.KIN)
+)
+
+
+@dataclass(frozen=True)
+class Season:
+    """The days of a season, what one sees at the beginning of a story, and what at its end."""
+
+    name: str
+    days: list[Word]
+    weather: list[str]
+    later: list[str]
+
+
+def _read_seasons() -> dict[str, Season]:
+    seasons = {}
+    for name, adjectives, first, last in _rows(re.sub(r"\n\s+", " ", words.SEASONS)):
+        days = [f"{adjective} {name} {hour}" for adjective in adjectives.split() for hour in words.HOURS]
+        days = [Word(day, one=f"one {day}") for day in days]
+        seasons[name] = Season(name, days, *([line.strip() for line in part.split(" / ")] for part in (first, last)))
+    return seasons
+
+
+SEASONS = _read_seasons()
+
+
+@functools.cache
+def character(name: str, kind: Kind, pronoun: str) -> Word:
+    """Somebody with a name: {hero} is the name, {hero.kind} what it is, {hero.he} how one speaks of it."""
+    article = {"a": with_article(kind.name), "the": f"the {kind.name}"}
+    limbs = {"limbs": kind.limbs, "limb": ONE_LIMB.get(kind.limbs, "")}
+    return Word(name, kind=kind.name, house=kind.house, **article, **limbs, **PRONOUNS[pronoun])
+
+
+# -- plots ------------------------------------------------------------------------------------------------------------
+
+# A line is what stands between its choices, and the choices: ("The ", ["red", "green"], " one.")
+Line = tuple[str | list[str], ...]
+
+
+@dataclass(frozen=True)
+class Beat:
+    """One step of a plot: the lines that can tell it, of which one is drawn. Without lines it begins a paragraph."""
+
+    lines: list[Line]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot with one of its obstacles (if it takes any), and who and what may appear in it."""
+
+    name: str
+    obstacle: str
+    heroes: list[Kind]
+    roles: dict[str, list[Kind]]
+    wishes: list[list[Word]]
+    gifts: list[list[Word]]
+    seasons: list[Season]
+    beats: list[Beat]
+
+
+ROLES = ("friend", "third", "fourth", "fifth")
+PARAGRAPH = Beat([])
+
+
+def _compile(line: str) -> Line:
+    pieces = re.split(r"\[(.*?)\]", line)
+    return tuple(piece.split("|") if i % 2 else piece for i, piece in enumerate(pieces) if piece or i % 2)
+
+
+def _read_section(body: str) -> tuple[dict[str, str], list[Beat | str]]:
+    """Header and beats of a section of the plots file; a name stands where a shared beat belongs."""
+    header, beats = {}, []
+    for mark, group in itertools.groupby(body.splitlines(), key=lambda line: line.partition(" ")[0]):
+        lines = [line.partition(" ")[2] for line in group]
+        if mark in ("-", "?"):
+            beats.append(Beat([_compile(line) for line in lines], optional=mark == "?"))
+        elif mark == "/":
+            beats.append(PARAGRAPH)
+        elif mark.startswith("@"):
+            beats.append(mark)
+        elif mark:
+            header[mark.removesuffix(":")] = lines[0]
+    return header, beats
+
+
+def _who(terms: str) -> list[Kind]:
+    """The kinds that some terms of a header describe: "any -fly", "dig smell", "child", "fox wolf"."""
+    chosen, excluded = [], set()
+    for term in terms.split():
+        if term.startswith("-"):
+            excluded.update(_who(term[1:]))
+        elif term in KINDS:
+            chosen.append(KINDS[term])
+        else:
+            chosen += [kind for kind in KINDS.values() if _is(kind, term)]
+    return [kind for kind in dict.fromkeys(chosen) if kind not in excluded]
+
+
+def _is(kind: Kind, term: str) -> bool:
+    child, rogue = kind.limbs == "hands", kind.name in ("wolf", "weasel")
+    if term in ("any", "animal", "child"):
+        return "thing" not in kind.skills and not rogue and term in ("any", "child" if child else "animal")
+    return term in kind.skills
+
+
+@functools.cache
+def plots() -> dict[str, list[Plot]]:
+    """Every plot by its name, once with each obstacle it can be told with."""
+    sections = re.findall(r"^== (.+)\n((?:(?!== ).*\n)*)", PLOTS_FILE.read_text(encoding="utf-8"), re.MULTILINE)
+    read = {title: _read_section(body) for title, body in sections}
+    shared = {f"@{title.split()[1]}": beats[0] for title, (_, beats) in read.items() if title.startswith("shared ")}
+    obstacles = {title.split()[1]: section for title, section in read.items() if title.startswith("obstacle ")}
+    found = {}
+    for title, (header, beats) in read.items():
+        if not title.startswith(("shared ", "obstacle ")):
+            names = header.get("obstacle", "").replace("all", " ".join(obstacles)).split() or [""]
+            found[title] = [_plot(title, header, beats, name, shared, obstacles) for name in names]
+    return found
+
+
+def _plot(title, header, beats, obstacle, shared, obstacles) -> Plot:  # noqa: ANN001
+    extra, parts = obstacles.get(obstacle, ({}, []))
+    known = {**shared, **dict(zip(parts[::2], parts[1::2]))}
+    heroes = _who(f"{header.get('hero', 'any')} {extra.get('hero', '')}")
+    # girls and boys are two kinds among many, but half of what one expects of a story
+    heroes = [kind for kind in heroes if kind.may_be_hero for _ in range(3 if kind.limbs == "hands" else 1)]
+    return Plot(
+        name=title,
+        obstacle=obstacle,
+        heroes=heroes,
+        roles={role: _who(header.get(role) or extra.get(role) or "animal") for role in ROLES},
+        wishes=WISHES[header["wish"]],
+        gifts=WISHES[header.get("gift", "keepsake")],
+        seasons=[SEASONS[name] for name in header.get("season", " ".join(SEASONS)).split()],
+        beats=[known[beat] if isinstance(beat, str) else beat for beat in beats],
+    )
+
+
+# -- telling ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Story:
+    """A story, and what went into it (for whoever wants to check or to count)."""
+
+    text: str
+    plot: Plot
+    cast: dict[str, Any]
+
+
+def tell(seed: int, split: str, index: int) -> Story:
+    """The story with this number, made without making those before it."""
+    if split not in SPLITS:
+        raise KestrelError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    dice = Dice("fables", seed, split, index)
+    plot = dice.pick(dice.pick(_shapes()))
+    cast = _cast(plot, split, dice)
+    return Story(_text(plot, cast, dice), plot, cast)
+
+
+@functools.cache
+def _shapes() -> list[list[Plot]]:
+    return list(plots().values())
+
+
+def split_of(name: str, kind: str, wish: str) -> str:
+    """The split to which all stories of a hero of this name and kind with this wish belong, whatever the seed."""
+    return "val" if hash64("fables", name, kind, wish) % HELD_OUT == 0 else "train"
+
+
+def _cast(plot: Plot, split: str, dice: Dice) -> dict[str, Any]:
+    """Draw who and what is in a story: first a hero and a wish that belong to the split, then all the others."""
+    while True:
+        kind, wishes = dice.pick(plot.heroes), dice.pick(plot.wishes)
+        pronoun = dice.pick(kind.pronouns)
+        name = dice.pick(words.NAMES[pronoun])
+        cannot = wishes[0].forms.get("not", "")
+        if split_of(name, kind.name, wishes[0].noun) == split and cannot not in kind.skills:
+            break
+    hero = character(name, kind, pronoun)
+    cast = {"hero": hero, **{form: getattr(hero, form) for he in PRONOUNS["it"] for form in (he, capital(he))}}
+    cast["wish"] = dice.pick(wishes)
+    cast["gift"] = _other(plot.gifts, {cast["wish"].noun}, dice)
+    cast["friend"] = _friend(plot.roles["friend"], kind, pronoun, dice)
+    taken = {kind.name, cast["friend"].kind}
+    for role in ROLES[1:]:
+        others = [other for other in plot.roles[role] if other.name not in taken]
+        cast[role] = BYSTANDERS[dice.pick(others).name]
+        taken.add(cast[role].text)
+    season = dice.pick(plot.seasons)
+    cast.update(
+        {"land": dice.pick(LANDS), "place": dice.pick(PLACES), "tree": dice.pick(TREES), "kin": dice.pick(KIN)},
+        trait=dice.pick(TRAITS), season=season.name, day=dice.pick(season.days),
+        weather=dice.pick(season.weather), later=dice.pick(season.later),
+    )  # fmt: skip
+    if any("{" in form for form in cast["wish"].forms.values()):
+        forms = {name: form.format_map(cast) for name, form in cast["wish"].forms.items()}
+        cast["wish"] = Word(cast["wish"].text, **forms)
+    return cast
+
+
+BYSTANDERS = {name: Word(name) for name in KINDS}
+
+
+def _other(things: list[list[Word]], taken: set[str], dice: Dice) -> Word:
+    return dice.pick(dice.pick([some for some in things if some[0].noun not in taken]))
+
+
+def _friend(kinds: list[Kind], hero: Kind, pronoun: str, dice: Dice) -> Word:
+    """A friend of another kind and another pronoun, so that "he" and "she" always say who is meant."""
+    kind = dice.pick([kind for kind in kinds if kind is not hero and set(kind.pronouns) - {pronoun}])
+    pronoun = dice.pick([other for other in kind.pronouns if other != pronoun])
+    return character(dice.pick(words.NAMES[pronoun]), kind, pronoun)
+
+
+def _text(plot: Plot, cast: dict[str, Any], dice: Dice) -> str:
+    paragraphs: list[list[str]] = [[]]
+    for beat in plot.beats:
+        if not beat.lines:
+            paragraphs.append([])
+        elif not beat.optional or dice.below(2):
+            line = dice.pick(beat.lines)
+            paragraphs[-1].append("".join(piece if isinstance(piece, str) else dice.pick(piece) for piece in line))
+    return "\n\n".join(map(" ".join, paragraphs)).format_map(cast)
+
+
+def stories(seed: int, split: str) -> Iterator[str]:
+    """The stories of a seed and a split ("train" or "val"), without end."""
+    return (tell(seed, split, index).text for index in itertools.count())
+
+
+def corpus(seed: int, split: str, megabytes: float) -> Iterator[str]:
+    """The first stories of a seed and a split, as many as fit into so many megabytes (of 10⁶ bytes)."""
+    left = megabytes * 1e6
+    for text in stories(seed, split):
+        left -= len(text.encode())
+        if left < 0:
+            return
+        yield text
+
+
+def opening(seed: int, index: int) -> str:
+    """The first sentence of a validation story: a prompt for a model that has never met this hero."""
+    return re.match(r".*?[.!?]", tell(seed, "val", index).text).group()
