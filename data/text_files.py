@@ -1,0 +1,198 @@
+"""Local text files as documents: .txt, .jsonl and .parquet, each also gzipped where that is usual.
+
+    .txt      one document a file, or several, ended by lines that hold only <|endoftext|> (the form of TinyStories)
+    .jsonl    one document a line: the string under `column` of each JSON object
+    .parquet  one document a row: the string in `column`
+
+Text is UTF-8, with or without a byte order mark; line ends become "\\n". Bytes that are not UTF-8 become U+FFFD and are
+counted and reported once a file; a file full of them, or with NUL bytes, is refused as not being text. A text file is
+read in blocks, and a document longer than MAX_DOCUMENT characters is handed on in parts, so memory stays bounded.
+Documents of nothing but white space are dropped. Any other file name is read as .txt.
+"""
+
+import codecs
+import glob
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from errors import KestrelError
+
+SEPARATOR = "<|endoftext|>"
+SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
+MAX_DOCUMENT = 1 << 24  # characters
+BLOCK = 1 << 20  # bytes
+VALIDATION_WORDS = {"val", "valid", "validation"}
+
+_reported: set[tuple[Path, int]] = set()  # files whose bad bytes have been told of; they are read more than once
+
+
+def find_files(patterns: list[str], key: str = "data.files") -> list[Path]:
+    """The files that paths, folders and globs name: sorted within each, no file twice; KestrelError where there is none."""
+    found = [path for pattern in patterns for path in _matches(pattern, key)]
+    return list(dict.fromkeys(found))
+
+
+def _matches(pattern: str, key: str) -> list[Path]:
+    path = Path(pattern).expanduser()
+    if path.is_dir():
+        inside = sorted(
+            file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES) and _is_visible(file, path)
+        )
+        if not inside:
+            raise KestrelError(f"{key}: the folder {path} holds no .txt, .jsonl or .parquet file")
+        return inside
+    if path.exists():
+        return [path]
+    if not glob.has_magic(pattern):
+        raise KestrelError(f"{key}: there is no file {pattern} (looked in {Path.cwd()})")
+    matches = sorted(Path(name) for name in glob.glob(str(path), recursive=True))
+    if files := [match for match in matches if match.is_file()]:
+        return files
+    raise KestrelError(f"{key}: nothing matches {pattern} (looked in {Path.cwd()})")
+
+
+def _is_visible(file: Path, folder: Path) -> bool:
+    return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+
+
+def is_validation(path: Path) -> bool:
+    """Whether a file's name has the word val, valid or validation: `stories_valid.txt`, not `carnival.txt`."""
+    return not VALIDATION_WORDS.isdisjoint(re.split(r"[^a-z]+", path.name.lower()))
+
+
+def read_documents(path: Path, column: str) -> Iterator[str]:
+    """The documents of one file in their order; KestrelError, naming the file, for one that cannot be read as its kind."""
+    try:
+        yield from (document for document in _raw_documents(path, column) if not _is_blank(document))
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise KestrelError(f"cannot read {path}: {reason}") from error
+
+
+def _raw_documents(path: Path, column: str) -> Iterator[str]:
+    kind = path.name.lower().removesuffix(".gz").rpartition(".")[2]
+    if kind == "parquet":
+        return _parquet_rows(path, column)
+    if kind in ("jsonl", "json"):
+        return _json_lines(path, column)
+    return _split_documents(_text_blocks(path))
+
+
+def _is_blank(text: str) -> bool:
+    return not text or text.isspace()
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path, "rb") if path.suffix.lower() == ".gz" else open(path, "rb")  # type: ignore[return-value]
+
+
+def _text_blocks(path: Path) -> Iterator[str]:
+    """Decoded blocks of a text file, with "\\n" for every line end and without a byte order mark."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8-sig")("replace"), translate=True)
+    invalid = 0
+    with _open(path) as handle:
+        for number, raw in enumerate(_blocks(handle)):
+            text = decoder.decode(raw, final=not raw)
+            if "\ufffd" in text:
+                invalid += max(0, text.count("\ufffd") - raw.count("\ufffd".encode()))
+            if number == 0:
+                _check_is_text(path, raw, invalid)
+            yield text
+    _report_invalid(path, invalid)
+
+
+def _blocks(handle: BinaryIO) -> Iterator[bytes]:
+    """Blocks of a file, and an empty one at its end."""
+    while raw := handle.read(BLOCK):
+        yield raw
+    yield b""
+
+
+def _check_is_text(path: Path, raw: bytes, invalid: int) -> None:
+    if b"\0" in raw:
+        raise KestrelError(f"{path} is not UTF-8 text: it holds NUL bytes (a binary file, or UTF-16: save it as UTF-8)")
+    if invalid > 0.1 * len(raw):
+        raise KestrelError(
+            f"{path} is not UTF-8 text: {invalid} of its first {len(raw)} bytes are invalid (save it as UTF-8)"
+        )
+
+
+def _report_invalid(path: Path, invalid: int) -> None:
+    if invalid and (path, invalid) not in _reported:
+        _reported.add((path, invalid))
+        print(f"note: {path}: {invalid} bytes or sequences were not UTF-8 and became U+FFFD", file=sys.stderr)
+
+
+def _split_documents(blocks: Iterator[str]) -> Iterator[str]:
+    """Cut at lines holding only SEPARATOR (blanks around it allowed), and where a document reaches MAX_DOCUMENT."""
+    line = re.compile(rf"\n[ \t]*{re.escape(SEPARATOR)}[ \t]*(?=\n)")
+    pending = "\n"  # so that a separator in the first line has a line end before it
+    for block in blocks:
+        pending += block
+        *documents, pending = line.split(pending)
+        for document in documents:
+            yield document.strip("\n")
+        while len(pending) > MAX_DOCUMENT:  # at a line end, which the rest keeps: a separator may follow
+            cut = max(pending.rfind("\n", 0, MAX_DOCUMENT), 0) or MAX_DOCUMENT
+            yield pending[:cut].strip("\n")
+            pending = pending[cut:]
+    yield from (document.strip("\n") for document in line.split(pending + "\n"))
+
+
+def _json_lines(path: Path, column: str) -> Iterator[str]:
+    invalid = 0
+    with _open(path) as handle:
+        for number, raw in enumerate(handle, start=1):
+            line = raw.decode("utf-8-sig", "replace")
+            invalid += line.count("\ufffd") - raw.count("\ufffd".encode())
+            if not line.isspace():
+                yield _json_text(line, column, f"{path}, line {number}")
+    _report_invalid(path, invalid)
+
+
+def _json_text(line: str, column: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise KestrelError(f"{where}: not JSON ({error}); a .jsonl file holds one object a line") from error
+    if not isinstance(record, dict):
+        raise KestrelError(f'{where}: expected a JSON object such as {{"{column}": …}}, got {type(record).__name__}')
+    if column not in record:
+        raise KestrelError(f'{where}: there is no field "{column}" among {_listing(list(record))}; set data.column')
+    if not isinstance(record[column], str):
+        raise KestrelError(f'{where}: the field "{column}" must be a string, got {type(record[column]).__name__}')
+    return record[column].encode("utf-8", "replace").decode()  # half a surrogate pair has no UTF-8
+
+
+def _parquet_rows(path: Path, column: str) -> Iterator[str]:
+    try:
+        import pyarrow as arrow
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise KestrelError(f"reading {path} needs pyarrow: pip install pyarrow") from error
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_column(path, file.schema_arrow, column)
+            for batch in file.iter_batches(batch_size=1024, columns=[column]):
+                yield from (text for text in batch.column(0).to_pylist() if text)
+    except arrow.ArrowException as error:
+        raise KestrelError(f"cannot read {path} as parquet: {str(error).splitlines()[0]}") from error
+
+
+def _check_column(path: Path, schema: "pyarrow.Schema", column: str) -> None:  # noqa: F821
+    if column not in schema.names:
+        raise KestrelError(f'{path}: there is no column "{column}" among {_listing(schema.names)}; set data.column')
+    kind = schema.field(column).type
+    if str(kind) not in ("string", "large_string", "string_view"):
+        raise KestrelError(f'{path}: the column "{column}" must hold strings, got {kind}; set data.column')
+
+
+def _listing(names: list[str]) -> str:
+    return ", ".join(names[:10]) + (", …" if len(names) > 10 else "") if names else "none"
