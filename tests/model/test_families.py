@@ -1,9 +1,12 @@
 """Every family and form: trains, feels every parameter, keeps documents apart, compiles, and computes in its dtype."""
 
+from importlib import import_module
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from model.ops import KernelConfig, load_ops
 from tests.model.tiny import FORMS, VOCAB, awake, fresh, llama, tokens
 from tests.numerics import assert_close
 
@@ -109,6 +112,30 @@ def test_activations_stay_in_the_models_dtype(form):
     assert len(seen) > 10
     assert set(seen.values()) == {torch.bfloat16}, seen
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
+
+
+@every_form
+def test_triton_kernels_agree_with_torch(form, device):
+    """Every op that has a Triton kernel, in the whole model: logits, and the gradient of every parameter."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    fast = KernelConfig(**dict.fromkeys(import_module("kernels_triton").__all__, "triton"))
+    row, targets = tokens(2, 21, device=device), tokens(2, 21, seed=1, device=device)
+
+    def logits_and_gradients(dtype, ops=None):
+        model = awake(FORMS[form], dtype, device=device, ops=ops)
+        model(row, targets).backward()
+        return model(row).detach(), [p.grad.double() for p in model.parameters()]
+
+    exact, exact_gradients = logits_and_gradients(torch.float64)
+    plain, plain_gradients = logits_and_gradients(torch.float32)
+    got, gradients = logits_and_gradients(torch.float32, load_ops(fast, device))
+    assert_close(got, exact, plain, "logits")
+    scales = [g.square().mean().sqrt() for g in exact_gradients]  # so that every parameter counts the same
+    got, exact, plain = (
+        torch.cat([(g / scale).flatten() for g, scale in zip(each, scales)])
+        for each in (gradients, exact_gradients, plain_gradients)
+    )
+    assert_close(got.float(), exact, plain.float(), "gradients")
 
 
 @pytest.mark.parametrize("form", ["2026"])

@@ -51,21 +51,23 @@ def torch_ops(device: torch.device | str = "cpu") -> Ops:
     return load_ops(KernelConfig(), torch.device(device))
 
 
-def fresh(config: ModelConfig, dtype=torch.float32, *, vocab_size=VOCAB, device="cpu", seed=0) -> LanguageModel:
+def fresh(
+    config: ModelConfig, dtype=torch.float32, *, vocab_size=VOCAB, device="cpu", seed=0, ops=None
+) -> LanguageModel:
     """A model as training starts it."""
-    model = build(config, vocab_size, torch_ops(device), dtype)
+    model = build(config, vocab_size, ops or torch_ops(device), dtype)
     model.to_empty(device=device)
     model.init_weights(seed)
     return model
 
 
-def awake(config: ModelConfig, dtype=torch.float32, *, vocab_size=VOCAB, device="cpu", seed=0) -> LanguageModel:
+def awake(config: ModelConfig, dtype=torch.float32, *, seed=0, **options) -> LanguageModel:
     """A model in which every parameter matters: nothing is zero, nothing is symmetric."""
-    model = fresh(config, dtype, vocab_size=vocab_size, device=device, seed=seed)
+    model = fresh(config, dtype, seed=seed, **options)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(device)
+            parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(parameter.device)
     return model
 
 
