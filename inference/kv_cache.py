@@ -44,6 +44,7 @@ class KVCache:
         self.k = torch.empty(n_layer, batch, max_len, n_kv_head, head_dim, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
+        self.rows = torch.arange(batch, device=device)[:, None]
         self.state: dict[str, Tensor] = {}
         self.filled = 0
 
@@ -72,9 +73,8 @@ class KVCache:
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k and v [B, n_tokens, Hkv, D] behind what each row holds; return the layer's k and v [B, S, Hkv, D]."""
-        rows = torch.arange(self.batch, device=k.device)[:, None]
-        self.k[layer][rows, self.positions] = k.to(self.k.dtype)
-        self.v[layer][rows, self.positions] = v.to(self.v.dtype)
+        self.k[layer][self.rows, self.positions] = k.to(self.k.dtype)
+        self.v[layer][self.rows, self.positions] = v.to(self.v.dtype)
         return self.k[layer], self.v[layer]
 
     def advance(self, n_tokens: int | Tensor) -> None:

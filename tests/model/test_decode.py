@@ -62,6 +62,15 @@ def test_decode_in_fp64_is_the_full_forward_to_the_last_digits(form):
 
 
 @every_form
+def test_decode_in_bf16_errs_no_more_than_the_forward_does(form, device):
+    row = tokens(2, LENGTH, device=device)
+    got = decode_in_pieces(awake(FORMS[form], torch.bfloat16, device=device), row, [1, 3, 17, 119, *[1] * 40])
+    ends = torch.tensor([0, 3, 20, *range(139, LENGTH)], device=device)
+    exact, plain = (full_logits(form, row, dtype)[:, ends] for dtype in (torch.float64, torch.bfloat16))
+    assert_close(got, exact, plain, form)
+
+
+@every_form
 def test_ragged_batch_equals_each_row_alone(form, device):
     """Rows of different lengths, continued by different counts, one of them zero, then all token by token."""
     row, counts = tokens(4, LENGTH, seed=3, device=device), [[1, 7, 40, 130], [9, 0, 13, 2]]
