@@ -1,0 +1,91 @@
+"""Which checkpoint is the newest, the best, or meant by a path. Only complete ones count, whatever else lies around."""
+
+import contextlib
+import re
+from pathlib import Path
+from typing import Any
+
+from checkpoint.manifest import MANIFEST, read_manifest
+from errors import KestrelError
+
+NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")  # step and revision
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """All complete checkpoints of a run, in the order of their steps."""
+    return list(_complete(run_dir))
+
+
+def latest(run_dir: Path) -> Path | None:
+    """The checkpoint to go on from: the one that `latest` names or, if that is missing, the highest step."""
+    complete = _complete(run_dir)
+    pointed = _pointed(run_dir, "latest")
+    return pointed if pointed in complete else next(reversed(complete), None)
+
+
+def best(run_dir: Path) -> Path | None:
+    """The checkpoint with the best validation figure, if one was saved."""
+    improvements = [path for path, manifest in _complete(run_dir).items() if manifest["best"]]
+    pointed = _pointed(run_dir, "best")
+    return pointed if pointed in improvements else next(reversed(improvements), None)
+
+
+def is_complete(path: Path) -> bool:
+    """Whether the folder holds a manifest and all its files in full size. What they contain is verified on loading."""
+    return _complete_manifest(path) is not None
+
+
+def find_newest_run(runs_dir: Path) -> Path:
+    """The run that saved last, of all below `runs_dir` (the runs of a sweep lie deeper than others)."""
+    runs_dir = Path(runs_dir)
+    runs = {folder.parent for depth in (1, 2, 3) for folder in runs_dir.glob("*/" * depth + "checkpoints")}
+    saved_at = {run: max(m["saved_at"] for m in found.values()) for run in runs if (found := _complete(run))}
+    if not saved_at:
+        looked = f"{len(runs)} runs in {runs_dir}, none with a checkpoint yet" if runs else f"no run in {runs_dir}"
+        raise KestrelError(f"no checkpoint found ({looked}): run `python train.py` first, or give ckpt= or runs_dir=")
+    return max(saved_at, key=saved_at.__getitem__)
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that `path` means: a checkpoint's own folder, or the newest of a run's."""
+    path = Path(path)
+    if (path / MANIFEST).exists():
+        return path
+    newest = latest(path.parent if path.name == "checkpoints" else path)
+    if newest is None:
+        what = "holds no complete checkpoint" if path.exists() else "does not exist"
+        raise KestrelError(f"{path} {what}: give the folder of a run, or a step-… folder in its checkpoints folder")
+    return newest
+
+
+def order(path: Path) -> tuple[int, int]:
+    """(step, revision) from a folder's name."""
+    step, revision = NAME.fullmatch(path.name).groups()
+    return int(step), int(revision or 1)
+
+
+def _complete(run_dir: Path) -> dict[Path, dict[str, Any]]:
+    """Complete checkpoints and their manifests, in the order of their steps."""
+    with contextlib.suppress(OSError):
+        named = [path for path in (Path(run_dir) / "checkpoints").iterdir() if NAME.fullmatch(path.name)]
+        manifests = {path: _complete_manifest(path) for path in sorted(named, key=order)}
+        return {path: manifest for path, manifest in manifests.items() if manifest is not None}
+    return {}
+
+
+def _complete_manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = read_manifest(path)
+        whole = all((path / name).stat().st_size == entry["bytes"] for name, entry in manifest["files"].items())
+        return manifest if whole else None
+    except (KestrelError, OSError):
+        return None
+
+
+def _pointed(run_dir: Path, pointer: str) -> Path | None:
+    """The folder that a pointer file names, which may not exist."""
+    folder = Path(run_dir) / "checkpoints"
+    with contextlib.suppress(OSError, ValueError), open(folder / pointer, "rb") as handle:
+        name = handle.read(300).decode("ascii").strip()
+        return folder / name if NAME.fullmatch(name) else None
+    return None
