@@ -24,6 +24,7 @@ class Case:
                     (times the size of an element: bytes)
     backward        work of a backward pass as (flops, bytes), each a multiple of the forward pass
     differentiable  inputs that get a gradient
+    batched         inputs with one independent entry per index of their first dimension, as the outputs have
     fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
     """
 
@@ -35,6 +36,7 @@ class Case:
     time: list[Shape]
     backward: tuple[float, float] = (2.0, 2.0)
     differentiable: tuple[str, ...] = ()
+    batched: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Shape:
@@ -50,7 +52,9 @@ class Case:
 
 
 def clone_as(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in another dtype, other tensors copied, anything else as it is."""
+    """A floating-point tensor in another dtype, other tensors copied, an op's dtype option set, the rest as it is."""
+    if isinstance(value, torch.dtype):
+        return dtype
     if not isinstance(value, Tensor):
         return value
     return value.detach().to(dtype if value.is_floating_point() else value.dtype, copy=True)
@@ -138,6 +142,7 @@ def mlp_case(op: str, inputs: Callable[..., Shape], matrices: int, time: list[Sh
         flops=lambda N, D, F: 2 * matrices * N * D * F,
         bytes=lambda N, D, F: 2 * N * D + matrices * D * F,
         differentiable=("x", *weights),
+        batched=("x",),
         check=[dict(N=7, D=12, F=20), dict(N=1, D=1, F=1), dict(N=37, D=31, F=53), dict(N=0, D=4, F=8)],
         time=time,
     )
@@ -158,6 +163,7 @@ CASES = {
             bytes=lambda M, D, **_: 2 * M * D,
             backward=(2.0, 1.5),
             differentiable=("x", "weight"),
+            batched=("x",),
             check=[
                 dict(M=7, D=60, weight=True),
                 dict(M=5, D=33, eps=1e-3),
@@ -182,6 +188,7 @@ CASES = {
             bytes=lambda B, T, H, Hkv, D, **_: 2 * B * T * (H + Hkv) * D,
             backward=(2.0, 1.5),
             differentiable=("q", "k"),
+            batched=("q", "k"),
             fp32=("cos", "sin"),
             check=[
                 dict(B=2, T=7, H=4, Hkv=2, D=16),
@@ -200,6 +207,7 @@ CASES = {
             bytes=lambda B, T, H, Hkv, D, Tk=None, **_: B * D * (2 * T * H + 2 * (Tk or T) * Hkv),
             backward=(2.5, 2.0),
             differentiable=("q", "k", "v"),
+            batched=("q", "k", "v"),
             check=[
                 dict(B=2, T=17, H=4, Hkv=2, D=16),
                 dict(B=1, T=13, H=2, Hkv=2, D=8, window=4),
@@ -230,6 +238,7 @@ CASES = {
             bytes=lambda B, Tn, S, H, Hkv, D, window=None, **_: (
                 B * D * (2 * Tn * H + 2 * min(S, (S if window is None else window) + Tn) * Hkv)
             ),
+            batched=("q", "k_cache", "v_cache"),
             check=[
                 dict(B=3, Tn=1, S=17, H=4, Hkv=2, D=16),
                 dict(B=2, Tn=5, S=13, H=2, Hkv=1, D=8, window=3),
@@ -250,6 +259,7 @@ CASES = {
             flops=lambda N, D, V, **_: 2 * N * D * V,
             bytes=lambda N, D, V, padding=0, **_: N * D + (V + padding) * D,
             differentiable=("x", "weight", "token_weights"),
+            batched=("x",),  # with reduction="none"
             fp32=("token_weights",),
             check=[
                 dict(N=7, D=12, V=33),
@@ -264,9 +274,10 @@ CASES = {
         ),
         Case(
             "newton_schulz",
-            inputs=lambda K, r, c, **dtype: dict(g=randn(K, r, c), **dtype),
+            inputs=lambda K, r, c: dict(g=randn(K, r, c), dtype=torch.float32),
             flops=lambda K, r, c, **_: 5 * 2 * K * (2 * min(r, c) ** 2 * max(r, c) + min(r, c) ** 3),
             bytes=lambda K, r, c, **_: 2 * K * r * c,
+            batched=("g",),
             check=[
                 dict(K=2, r=12, c=12),
                 dict(K=3, r=7, c=31),

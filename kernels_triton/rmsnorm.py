@@ -20,7 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels_triton.launch import WIDEST_BLOCK, Tile, ceil_div, resident_programs, row_tile
+from kernels_triton.launch import (
+    WIDEST_BLOCK,
+    Tile,
+    ceil_div,
+    resident_programs,
+    rmsnorm_bwd_tile,
+    rmsnorm_fwd_tile,
+)
 
 WIDE = Tile(BT=1, BD=4096, warps=8)       # columns at a time of a wide row; not measured yet
 WIDE_DW = Tile(BT=16, BD=256, warps=4)    # rows × columns at a time of dw; not measured yet
@@ -48,7 +55,7 @@ def _rmsnorm_fwd_kernel(
 @triton.jit
 def _rmsnorm_bwd_kernel(
     x, w, r, dy, dx, dw, stride_x_t, stride_x_d, stride_dy_t, stride_dy_d, T,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):
     i_p, n_p = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_d = tl.arange(0, BD).to(tl.int64)
@@ -57,7 +64,7 @@ def _rmsnorm_bwd_kernel(
         b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(r.dtype.element_ty)                          # [BD]
     if dw is not None:
         b_dw = tl.zeros([BT, BD], dtype=r.dtype.element_ty)                                         # [BT, BD]
-    for i_t in range(i_p, tl.cdiv(T, BT), n_p):
+    for i_t in tl.range(i_p, tl.cdiv(T, BT), n_p, num_stages=STAGES):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < T
         m = m_t[:, None] & m_d[None, :]
@@ -162,7 +169,7 @@ def _rmsnorm_fwd(x: Tensor, w: Tensor | None, eps: float) -> tuple[Tensor, Tenso
     if D > WIDEST_BLOCK:
         _rmsnorm_wide_fwd_kernel[(T,)](**inputs, BD=WIDE.BD, num_warps=WIDE.warps)
     else:
-        tile = row_tile(D)
+        tile = rmsnorm_fwd_tile(D)
         grid = (ceil_div(T, tile.BT),)
         _rmsnorm_fwd_kernel[grid](**inputs, T=T, BT=tile.BT, BD=tile.BD, num_warps=tile.warps)
     return y, r
@@ -176,15 +183,16 @@ def _rmsnorm_bwd(
     dx = torch.empty((T, D), dtype=x.dtype, device=x.device) if needs_dx else None
     if D > WIDEST_BLOCK:
         return dx, _rmsnorm_wide_bwd(x, w, r, dy, dx, needs_dw)
-    tile = row_tile(D)
+    tile = rmsnorm_bwd_tile(D, x.element_size())
     programs = ceil_div(T, tile.BT)
-    if needs_dw:  # only the sum of dw asks for programs that stay; without it a program per tile leaves order to the GPU
+    if needs_dw:  # few programs that stay, so that there are few sums to add; without dw the GPU may deal out the tiles
         programs = min(programs, resident_programs(x.device, tile.warps))
     dw = torch.empty((programs, D), dtype=r.dtype, device=x.device) if needs_dw else None
     if T > 0:
         _rmsnorm_bwd_kernel[(programs,)](
             x=x, w=w, r=r, dy=dy, dx=dx, dw=dw, stride_x_t=x.stride(0), stride_x_d=x.stride(1),
-            stride_dy_t=dy.stride(0), stride_dy_d=dy.stride(1), T=T, D=D, BT=tile.BT, BD=tile.BD, num_warps=tile.warps,
+            stride_dy_t=dy.stride(0), stride_dy_d=dy.stride(1), T=T, D=D, BT=tile.BT, BD=tile.BD, STAGES=tile.stages if needs_dw else 1,
+            num_warps=tile.warps,
         )
     return dx, dw.sum(0).to(w.dtype) if needs_dw else None
 

@@ -18,9 +18,9 @@ if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, read when CUDA starts
 else:
     os.environ["TRITON_INTERPRET"] = "1"
-if "PYTEST_XDIST_WORKER" in os.environ:  # the workers share the cores already
+torch.set_num_threads(1)  # tests are too small to share among threads
+if "PYTEST_XDIST_WORKER" in os.environ:  # and with one worker a core, so are the processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

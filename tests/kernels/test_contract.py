@@ -1,0 +1,346 @@
+"""What every op of every backend must do, on the inputs of kernels_torch/cases.py.
+
+A kernel is right when it is as close to the fp64 reference as the plain reference is in the same dtype. A new kernel is
+tested here as soon as its backend exports it.
+"""
+
+import inspect
+from importlib import import_module
+from importlib.util import find_spec
+from itertools import combinations
+
+import pytest
+import torch
+from torch import Tensor
+
+import kernels_torch
+from kernels_torch.cases import CASES
+from model.ops import OP_NAMES
+from tests.conftest import HAS_GPU
+from tests.numerics import assert_close
+
+BACKENDS = ["torch", "triton"] if find_spec("triton") else ["torch"]
+MODULES = {backend: import_module(f"kernels_{backend}") for backend in BACKENDS}
+# Each op of each backend, and with each shape to check.
+OPS = [pytest.param(backend, op, id=f"{backend}-{op}") for backend in BACKENDS for op in MODULES[backend].__all__]
+SHAPES = [
+    pytest.param(*param.values, shape, id=f"{param.id}-" + "-".join(f"{key}={value}" for key, value in shape.items()))
+    for param in OPS
+    for shape in CASES[param.values[1]].check
+]
+FILLED = [param for param in SHAPES if 0 not in list(param.values[2].values())[:2]]  # those with at least one row
+DIFFERENTIABLE = [param for param in OPS if CASES[param.values[1]].differentiable]
+FILLED_DIFFERENTIABLE = [param for param in FILLED if CASES[param.values[1]].differentiable]
+
+
+def dtypes(backend: str) -> list[torch.dtype]:
+    """The interpreter is silently wrong for bf16, so without a GPU only plain PyTorch is tested in it."""
+    all_dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    return all_dtypes if HAS_GPU or backend == "torch" else all_dtypes[:3]
+
+
+SHAPES_AND_DTYPES = [
+    pytest.param(*param.values, dtype, id=f"{param.id}-{str(dtype).removeprefix('torch.')}")
+    for param in SHAPES
+    for dtype in dtypes(param.values[0])
+]
+
+
+def outputs(op_function, inputs: dict) -> tuple[Tensor, ...]:
+    out = op_function(**inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def leaves_of(op: str, inputs: dict) -> dict[str, Tensor]:
+    """The differentiable inputs, asking for a gradient."""
+    present = [name for name in CASES[op].differentiable if inputs[name] is not None]
+    return {name: inputs[name].requires_grad_() for name in present}
+
+
+def upstream_of(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Random incoming gradients, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(out.shape, generator=generator).to(out) for out in outs)
+
+
+def run(op: str, op_function, inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
+    """Outputs by number and gradients by input."""
+    leaves = leaves_of(op, inputs)
+    outs = outputs(op_function, inputs)
+    results = {f"output {i}": out.detach() for i, out in enumerate(outs)}
+    if leaves:
+        upstream = upstream_of(outs) if upstream is None else upstream
+        grads = torch.autograd.grad(outs, list(leaves.values()), upstream)
+        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
+
+
+def judge(op: str, got: dict[str, Tensor], inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> None:
+    """Hold every output and gradient in `got` against the reference on the same inputs."""
+    case, reference = CASES[op], getattr(kernels_torch, op)
+    dtype = inputs[next(iter(inputs))].dtype
+    upstream = upstream_of(outputs(reference, inputs)) if upstream is None else upstream
+    exact = run(op, reference, case.cast(inputs, torch.float64), tuple(up.double() for up in upstream))
+    if dtype == torch.float64:
+        plain = fp64_with_the_error_of_fp32(op, inputs, upstream, exact)
+    else:
+        plain = run(op, reference, case.cast(inputs, dtype), upstream)
+    assert got.keys() == plain.keys()
+    for name, value in got.items():
+        assert_close(value, exact[name], plain[name], f"{op} {name}")
+
+
+def fp64_with_the_error_of_fp32(
+    op: str, inputs: dict, upstream: tuple[Tensor, ...], exact: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What plain fp64 would give if we knew the truth beyond fp64: as far off as fp32, in units of its rounding."""
+    case, reference = CASES[op], getattr(kernels_torch, op)
+    rounded, upstream = case.cast(inputs, torch.float32), tuple(up.float() for up in upstream)
+    plain = run(op, reference, rounded, upstream)
+    truth = run(op, reference, case.cast(rounded, torch.float64), tuple(up.double() for up in upstream))
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {name: exact[name] + ratio * (plain[name].double() - truth[name]) for name in exact}
+
+
+@pytest.mark.parametrize(("backend", "op"), OPS)
+def test_signature_is_the_reference_one(backend, op):
+    """Names, kinds and defaults of all arguments."""
+    reference = inspect.signature(getattr(kernels_torch, op)).parameters.values()
+    parameters = inspect.signature(getattr(MODULES[backend], op)).parameters.values()
+    assert [(p.name, p.kind, p.default) for p in parameters] == [(p.name, p.kind, p.default) for p in reference]
+
+
+def test_every_op_has_a_reference_and_a_case():
+    assert sorted(OP_NAMES) == sorted(kernels_torch.__all__) == sorted(CASES)
+
+
+def test_fresh_memory_is_poisoned(device):
+    """The other tests rely on it: an element nobody wrote must not be zero by luck."""
+    assert torch.empty(5, device=device).isnan().all()
+
+
+@pytest.mark.parametrize(("backend", "op", "shape", "dtype"), SHAPES_AND_DTYPES)
+def test_forward_and_gradients_are_as_exact_as_plain_pytorch(backend, op, shape, dtype, device):
+    inputs = CASES[op].make(shape, dtype, device)
+    judge(op, run(op, getattr(MODULES[backend], op), CASES[op].cast(inputs, dtype)), inputs)
+
+
+def transposed(x: Tensor) -> Tensor:
+    """The same values with the last two dimensions swapped in memory."""
+    return x.mT.contiguous().mT if x.dim() > 1 else every_second(x)
+
+
+def every_second(x: Tensor) -> Tensor:
+    """The same values with a gap behind each."""
+    return torch.stack([x, torch.zeros_like(x)], dim=-1).flatten(-2)[..., ::2] if x.dim() else x
+
+
+def inside_wider(x: Tensor) -> Tensor:
+    """The same values as a slice of a wider tensor: rows that do not start where the last one ended."""
+    return torch.nn.functional.pad(x, (3, 2))[..., 3:-2] if x.dim() else x
+
+
+@pytest.mark.parametrize("strided", [transposed, every_second, inside_wider])
+@pytest.mark.parametrize(("backend", "op", "shape"), FILLED)
+def test_strides_change_nothing(backend, op, shape, strided, device):
+    """Of inputs, and of the gradients that come in."""
+    inputs = CASES[op].make(shape, torch.float32, device)
+    views = {
+        name: strided(value).detach() if isinstance(value, Tensor) else value
+        for name, value in CASES[op].cast(inputs, torch.float32).items()
+    }
+    plain_upstream = upstream_of(outputs(getattr(kernels_torch, op), inputs))
+    upstream = tuple(strided(up) for up in plain_upstream)
+    judge(op, run(op, getattr(MODULES[backend], op), views, upstream), inputs, plain_upstream)
+
+
+@pytest.mark.parametrize(("backend", "op", "shape"), FILLED)
+def test_an_expanded_incoming_gradient_is_read_right(backend, op, shape, device):
+    """The gradient of a sum is one number seen through strides of zero."""
+    inputs = CASES[op].make(shape, torch.float32, device)
+    outs = outputs(getattr(kernels_torch, op), inputs)
+    upstream = tuple(torch.full((), 0.5, device=device).expand(out.shape) for out in outs)
+    judge(op, run(op, getattr(MODULES[backend], op), CASES[op].cast(inputs, torch.float32), upstream), inputs, upstream)
+
+
+@pytest.mark.parametrize(("backend", "op"), OPS)
+def test_two_runs_give_the_same_bits(backend, op, device):
+    function, inputs = getattr(MODULES[backend], op), CASES[op].make(CASES[op].check[0], torch.float32, device)
+    first, second = (run(op, function, inputs) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize(("backend", "op"), OPS)
+def test_an_entry_does_not_depend_on_the_others_of_its_batch(backend, op, device):
+    """Not even on their being NaN: outputs and gradients of the first entry keep their bits."""
+    case, function = CASES[op], getattr(MODULES[backend], op)
+    inputs = case.make(case.check[0], torch.float32, device)
+    if op == "linear_cross_entropy":
+        inputs["reduction"] = "none"
+    others = case.cast(inputs, torch.float32)
+    for name in case.batched:
+        others[name][1:] = torch.nan
+    alone, among = run(op, function, inputs), run(op, function, others)
+    names = [name for name in alone if name.startswith("output") or name.removeprefix("gradient of ") in case.batched]
+    assert len(names) >= 1
+    for name in names:
+        assert torch.equal(alone[name][0], among[name][0]), name
+
+
+@pytest.mark.parametrize(("backend", "op"), DIFFERENTIABLE)
+def test_only_the_gradients_asked_for_are_computed(backend, op, device):
+    """One at a time they are what they are together; with none asked for, nothing is recorded."""
+    case, function = CASES[op], getattr(MODULES[backend], op)
+    shape = max(case.check, key=lambda shape: len(leaves_of(op, case.make(shape, torch.float32, device))))
+    inputs = case.make(shape, torch.float32, device)
+    together = run(op, function, case.cast(inputs, torch.float32))
+    for name in leaves_of(op, case.cast(inputs, torch.float32)):
+        one = case.cast(inputs, torch.float32)
+        one[name].requires_grad_()
+        outs = outputs(function, one)
+        sum((out * up).sum() for out, up in zip(outs, upstream_of(outs), strict=True)).backward()
+        assert torch.equal(one[name].grad, together[f"gradient of {name}"]), name
+        assert all(value.grad is None for key, value in one.items() if isinstance(value, Tensor) and key != name)
+    assert not any(out.requires_grad for out in outputs(function, inputs))
+
+
+@pytest.mark.parametrize(("backend", "op"), DIFFERENTIABLE)
+def test_two_calls_on_the_same_inputs_add_their_gradients(backend, op, device):
+    function, inputs = getattr(MODULES[backend], op), CASES[op].make(CASES[op].check[0], torch.float32, device)
+    leaves = leaves_of(op, inputs)
+    first, second = outputs(function, inputs), outputs(function, inputs)
+    grads = torch.autograd.grad(first + second, list(leaves.values()), upstream_of(first) * 2)
+    got = {f"output {i}": out.detach() for i, out in enumerate(second)}
+    judge(op, got | {f"gradient of {name}": grad / 2 for name, grad in zip(leaves, grads, strict=True)}, inputs)
+
+
+def gradient_of_shared(op: str, op_function, inputs: dict, first: str, second: str) -> Tensor:
+    """The gradient of one tensor that is given as two inputs."""
+    shared = inputs[first].requires_grad_()
+    outs = outputs(op_function, {**inputs, second: shared})
+    return torch.autograd.grad(outs, shared, upstream_of(outs))[0]
+
+
+@pytest.mark.parametrize(("backend", "op"), DIFFERENTIABLE)
+def test_a_tensor_given_as_two_inputs_gets_both_gradients(backend, op, device):
+    case, reference = CASES[op], getattr(kernels_torch, op)
+    shape = next((shape for shape in case.check if shape.get("H", 0) == shape.get("Hkv")), case.check[0])
+    inputs = case.make(shape, torch.float32, device)
+    for first, second in combinations(leaves_of(op, inputs), 2):
+        if inputs[first].shape == inputs[second].shape:
+            arguments = (first, second)
+            got = gradient_of_shared(op, getattr(MODULES[backend], op), case.cast(inputs, torch.float32), *arguments)
+            plain = gradient_of_shared(op, reference, case.cast(inputs, torch.float32), *arguments)
+            exact = gradient_of_shared(op, reference, case.cast(inputs, torch.float64), *arguments)
+            assert_close(got, exact, plain, f"{op} gradient of {first} as {second}")
+
+
+@pytest.mark.parametrize(("backend", "op", "shape"), FILLED_DIFFERENTIABLE)
+def test_gradients_agree_with_finite_differences(backend, op, shape, device):
+    inputs = CASES[op].make(shape, torch.float64, device)
+    leaves = leaves_of(op, inputs)
+
+    def of_leaves(*values: Tensor) -> tuple[Tensor, ...]:
+        return outputs(getattr(MODULES[backend], op), {**inputs, **dict(zip(leaves, values, strict=True))})
+
+    assert torch.autograd.gradcheck(of_leaves, tuple(leaves.values()), fast_mode=True, atol=1e-4)
+
+
+# Triton kernels compile for GPUs only; on a CPU it is enough to know that PyTorch's path is captured whole.
+COMPILED = OPS if HAS_GPU else [param for param in OPS if param.values[0] == "torch"]
+
+
+@pytest.mark.parametrize(("backend", "op"), COMPILED)
+def test_compiles_to_one_graph(backend, op, device):
+    torch._dynamo.reset()
+    compiler = "inductor" if HAS_GPU else "aot_eager"
+    function = torch.compile(getattr(MODULES[backend], op), fullgraph=True, backend=compiler)
+    inputs = CASES[op].make(CASES[op].check[1], torch.float32, device)
+    judge(op, run(op, function, CASES[op].cast(inputs, torch.float32)), inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("backend", "op"), OPS)
+def test_can_be_captured_in_a_cuda_graph(backend, op, device):
+    """Forward and backward once in a graph; replayed on new inputs it gives what a fresh call gives."""
+    case, function = CASES[op], getattr(MODULES[backend], op)
+    inputs = case.make(case.check[0], torch.float32, device)
+    fresh = case.make(case.check[0], torch.float32, device, seed=1)
+    upstream = upstream_of(outputs(function, inputs))
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            run(op, function, inputs, upstream)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(op, function, inputs, upstream)
+    with torch.no_grad():
+        for name, value in fresh.items():
+            if isinstance(value, Tensor):
+                inputs[name].copy_(value)
+    graph.replay()
+    for name, value in run(op, function, fresh, upstream).items():
+        assert torch.equal(captured[name], value), name
+
+
+def half(name: str):
+    """Cut an input's last dimension to half, so that it fits nothing."""
+    return lambda inputs: {name: inputs[name][..., : inputs[name].shape[-1] // 2]}
+
+
+def as_int(name: str):
+    return lambda inputs: {name: inputs[name].int()}
+
+
+REFUSED = {
+    "rmsnorm": [(half("weight"), r"\(60,\), got \(30,\)"), (as_int("x"), "int32"), (lambda _: {"eps": -1.0}, "-1.0")],
+    "qk_norm_rope": [
+        (half("k"), "Hkv, D"),
+        (half("cos"), "cos and sin"),
+        (as_int("k"), "int32"),
+        (lambda _: {"start": 9}, "positions 9 to 15 are outside the rotary table of 15"),
+        (lambda _: {"start": -1}, "positions -1"),
+        (lambda inputs: {"start": inputs["q"].new_zeros(5, dtype=torch.int32)}, r"\(5,\)"),
+        (lambda _: {"eps": -1.0}, "-1.0"),
+    ],
+    "attention": [
+        (half("k"), "Hkv, D"),
+        (lambda inputs: {"q": inputs["q"][:, :, :3]}, "3 and 2"),
+        (lambda inputs: {"k": inputs["k"][:, :9], "v": inputs["v"][:, :9]}, "9 and 17"),
+        (lambda _: {"window": -2}, "-2"),
+        (as_int("v"), "int32"),
+        (lambda inputs: {"doc_ids": inputs["q"].new_zeros(3, 17, dtype=torch.int32)}, r"\(3, 17\)"),
+    ],
+    "attention_decode": [
+        (half("v_cache"), "Hkv, D"),
+        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
+        (lambda inputs: {"lengths": inputs["lengths"][:2]}, r"\(2,\)"),
+        (lambda _: {"window": -2}, "-2"),
+        (lambda inputs: {"q": inputs["q"].repeat(1, 18, 1, 1)}, "18 new tokens do not fit a cache of 17"),
+    ],
+    "relu2_mlp": [(half("w_up"), r"\(20, 6\)"), (half("x"), "w_down"), (as_int("w_down"), "int32")],
+    "swiglu_mlp": [(half("w_gate"), r"\(20, 6\)"), (half("x"), "w_down"), (as_int("w_up"), "int32")],
+    "linear_cross_entropy": [
+        (half("x"), r"\(7, 6\)"),
+        (half("targets"), r"\(3,\)"),
+        (lambda inputs: {"token_weights": inputs["x"][:2, 0]}, r"\(2,\)"),
+        (lambda _: {"vocab_size": 34}, "33 rows of weight, got 34"),
+        (lambda _: {"softcap": 0.0}, "0.0"),
+        (lambda _: {"reduction": "average"}, "average"),
+        (lambda inputs: {"x": inputs["x"].double()}, "float64"),
+    ],
+    "newton_schulz": [(lambda inputs: {"g": inputs["g"][0]}, r"\(12, 12\)"), (as_int("g"), "int32")],
+}
+
+
+@pytest.mark.parametrize(
+    ("backend", "op", "change", "message"),
+    [pytest.param(*param.values, *bad, id=f"{param.id}-{bad[1]}") for param in OPS for bad in REFUSED[param.values[1]]],
+)
+def test_arguments_that_make_no_sense_are_refused_by_name(backend, op, change, message, device):
+    inputs = CASES[op].make(CASES[op].check[0], torch.float32, device)
+    with pytest.raises(ValueError, match=message):
+        getattr(MODULES[backend], op)(**inputs | change(inputs))
