@@ -180,7 +180,7 @@ def point(folder: Path, pointer: str, name: str) -> None:
 def retire(folder: Path, keep_last: int) -> None:
     """Delete all checkpoints but the newest steps, the latest and the best. Failing at that is a warning.
 
-    Each is renamed first, so that no reader meets half of it; what a failing delete leaves behind goes at the next save.
+    Each is renamed first, so that no reader meets half of it; what a failing delete leaves goes at the next save.
     """
     complete = list_checkpoints(folder.parent)
     newest = {order(path)[0]: path for path in complete}  # the last revision of each step
