@@ -69,6 +69,14 @@ def test_auto_batch_leaves_at_least_400_steps():
     assert auto_batch_size(1_000_000 / D12, None) == 2**16, "without the rule the law gives four times as much"
 
 
+@pytest.mark.parametrize("log2_batch", [11, 15, 17, 18, 19, 21])
+def test_small_batches_keep_most_of_the_learning_rate_and_all_of_the_total_decay(log2_batch):
+    got = make_plan(StageConfig(total_batch_size=2**log2_batch), scaling_parameters=D12 // 8)
+    assert got.lr_scale == max(0.7, 2 ** ((log2_batch - 19) / 2))
+    steps = int(10.5 * (D12 // 8)) / 2**log2_batch
+    assert got.lr_scale * got.weight_decay * steps == pytest.approx(0.28 * int(10.5 * D12) / 2**19)
+
+
 def test_given_steps_do_not_shrink_the_batch():
     assert make_plan(StageConfig(num_iterations=20)).total_batch_size == 2**19
 
