@@ -149,7 +149,7 @@ def make_deterministic(device: torch.device) -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def destroy() -> None:
+def cleanup() -> None:
     """Leave the other ranks; harmless when there are none or when it is called twice."""
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -119,7 +119,7 @@ def test_one_process_needs_no_group(no_torchrun):
     assert distributed.broadcast_object({"a": 1}) == {"a": 1}
     assert distributed.any_rank(True, CPU)
     assert not distributed.any_rank(False, CPU)
-    distributed.destroy()
+    distributed.cleanup()
 
 
 def test_threads_and_determinism_are_set(no_torchrun, monkeypatch):
@@ -152,8 +152,8 @@ assert distributed.all_reduce_mean(torch.tensor(rank + 1.0)) == 1.5
 assert distributed.broadcast_object({"from": rank} if rank == 0 else None) == {"from": 0}
 assert distributed.any_rank(rank == 1, device.device) and not distributed.any_rank(False, device.device)
 distributed.barrier()
-distributed.destroy()
-distributed.destroy()
+distributed.cleanup()
+distributed.cleanup()
 """
 
 
