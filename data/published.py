@@ -1,25 +1,20 @@
 """The published vocabularies of GPT-2 and GPT-4 (cl100k), read from tiktoken's cache or fetched into it.
 
-tiktoken can fetch them itself, but without a network it may try for minutes and ends in a long traceback. Here the cache
-is looked at first, a server that does not answer costs a few seconds, and the error says how to bring the file by hand.
+tiktoken can fetch them itself, but without a network it may try for minutes and ends in a long traceback. Here the
+cache is looked at first, a server that does not answer costs a few seconds, and the error says how to bring the file.
 """
 
 import base64
-import contextlib
 import hashlib
 import os
-import queue
 import tempfile
-import threading
-import urllib.request
 from dataclasses import dataclass
-from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
 from data.bpe import BYTE_OF_LETTER, letters_to_bytes
+from data.download import download, file_sha256, is_reachable
+from data.files import locked
 from errors import KestrelError
-
-ANSWER_S = 3.0  # how long a server may take to answer at all; once it has, the download may take its time
 
 
 @dataclass(frozen=True)
@@ -58,10 +53,9 @@ def published_tokens(name: str) -> list[bytes]:
 
 def gpt2_tokens(content: bytes) -> list[bytes]:
     """GPT-2's file lists the merges, "Ġt he" a line after the first; the single bytes come before them."""
+    singles = [bytes([value]) for value in BYTE_OF_LETTER.values()]
     merges = content.decode().split("\n")[1:-1]
-    return [bytes([value]) for value in BYTE_OF_LETTER.values()] + [
-        letters_to_bytes(m.replace(" ", "")) for m in merges
-    ]
+    return singles + [letters_to_bytes(merge.replace(" ", "")) for merge in merges]
 
 
 def cl100k_tokens(content: bytes) -> list[bytes]:
@@ -73,17 +67,27 @@ def cl100k_tokens(content: bytes) -> list[bytes]:
 def read_ranks(name: str, file: RankFile) -> bytes:
     """The file's content from the cache or the network; raises KestrelError within seconds if neither has it."""
     path = cache_folder() / file.cache_name
-    if path.is_file() and is_right(content := path.read_bytes(), file):
-        return content
     try:
-        content = download(file.url)
-        if not is_right(content, file):
-            raise OSError("the server sent something else")
-    except (OSError, HTTPException) as error:
+        if not is_whole(path, file):
+            fetch(path, file)
+        return path.read_bytes()
+    except (OSError, KestrelError) as error:
         raise KestrelError(how_to_bring(name, file, error)) from error
-    with contextlib.suppress(OSError):  # the run keeps its own copy: without a cache the next run downloads again
-        write_whole(path, content)
-    return content
+
+
+def fetch(path: Path, file: RankFile) -> None:
+    """Download the file to where tiktoken would, in the place of a damaged one."""
+    if not is_reachable(file.url):
+        raise OSError("there is no answer from the network")
+    with locked(path.with_name(f"{path.name}.lock")):
+        if not is_whole(path, file):  # another process may just have fetched it
+            path.unlink(missing_ok=True)
+            download(file.url, path, sha256=file.sha256)
+
+
+def is_whole(path: Path, file: RankFile) -> bool:
+    """Whether this is the published file, unchanged."""
+    return path.is_file() and file_sha256(path) == file.sha256
 
 
 def cache_folder() -> Path:
@@ -92,56 +96,12 @@ def cache_folder() -> Path:
     return Path(named) if named else Path(tempfile.gettempdir()) / "data-gym-cache"
 
 
-def is_right(content: bytes, file: RankFile) -> bool:
-    """Whether this is the published file, whole and unchanged."""
-    return hashlib.sha256(content).hexdigest() == file.sha256
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside the file, then rename over it; OSError leaves the old file as it was, and no other."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # before the rename, or a power cut could leave an empty file under the final name
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-
-
-def download(url: str) -> bytes:
-    """The body behind a URL, or OSError if the server has not begun to answer after a few seconds.
-
-    The request runs in a thread because looking up a host name has no time limit of its own.
-    """
-    answers: queue.SimpleQueue[HTTPResponse | Exception] = queue.SimpleQueue()
-
-    def ask() -> None:
-        try:
-            answers.put(urllib.request.urlopen(url, timeout=ANSWER_S))
-        except Exception as error:  # handed to the caller, who waits for it
-            answers.put(error)
-
-    threading.Thread(target=ask, daemon=True).start()
-    try:
-        answer = answers.get(timeout=ANSWER_S)
-    except queue.Empty:
-        raise TimeoutError(f"no answer within {ANSWER_S:g} s") from None
-    if isinstance(answer, Exception):
-        raise answer
-    with answer:
-        return answer.read()
-
-
 def how_to_bring(name: str, file: RankFile, error: Exception) -> str:
     """One sentence for somebody without a network: what is missing, where, and how to get it there."""
     path = cache_folder() / file.cache_name
-    state = "is damaged" if path.exists() else "is not there"
     return (
-        f"tokenizer={name} needs {path}, which {state} and cannot be downloaded ({error}): where there is a network, run "
-        f"`TIKTOKEN_CACHE_DIR=ranks python -c \"import tiktoken; tiktoken.get_encoding('{file.encoding}')\"`, copy "
-        f"ranks/{file.cache_name} here and set TIKTOKEN_CACHE_DIR to the folder it lies in; or take tokenizer=bpe"
+        f"tokenizer={name} needs {path}, which is {'damaged' if path.exists() else 'not there'} and cannot be fetched "
+        f"({error}): where there is a network, run "
+        f"`TIKTOKEN_CACHE_DIR=ranks python -c \"import tiktoken; tiktoken.get_encoding('{file.encoding}')\"`, "
+        f"copy ranks/{file.cache_name} here and set TIKTOKEN_CACHE_DIR to its folder; or take tokenizer=bpe"
     )
