@@ -40,9 +40,13 @@ class Case:
     fp32: tuple[str, ...] = ()
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Shape:
-        """Keyword arguments of the op for a shape: the same numbers for the same seed on the same kind of device."""
-        torch.manual_seed(seed)
-        with torch.device(device):
+        """Keyword arguments of the op for a shape: the same numbers for the same seed on the same kind of device.
+
+        The random state of whoever calls is left as it was.
+        """
+        device = torch.device(device)
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+            torch.manual_seed(seed)
             return self.cast(self.inputs(**shape), dtype)
 
     def cast(self, inputs: Shape, dtype: torch.dtype) -> Shape:

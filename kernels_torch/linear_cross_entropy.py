@@ -108,7 +108,7 @@ def logits(x: Tensor, weight: Tensor, vocab_size: int, softcap: float | None) ->
 
 def chunk_rows(N: int, V: int, device: torch.device) -> int:
     """How many of N rows are worked on at a time."""
-    rows = max(1, CHUNK_LOGITS.get(device.type, CHUNK_LOGITS["cuda"]) // V)
+    rows = max(1, CHUNK_LOGITS["cpu" if device.type == "cpu" else "cuda"] // V)
     return max(rows, -(-N // COMPILED_CHUNKS)) if torch.compiler.is_compiling() else rows
 
 

@@ -128,9 +128,9 @@ def test_tiles_cover_the_row_and_fit_the_hardware(D):
     from kernels_triton import launch
 
     for tile in (launch.rmsnorm_fwd_tile(D), launch.rmsnorm_bwd_tile(D, 2), launch.rmsnorm_bwd_tile(D, 4)):
-        assert tile.BD == launch.next_power_of_two(D)
+        assert launch.next_power_of_two(D) == tile.BD
         assert tile.BD // 2 < D <= tile.BD
-        assert tile.BT * tile.BD <= 32 * 32 * tile.warps  # values a thread, threads a warp
+        assert 32 * 32 * tile.warps >= tile.BT * tile.BD  # values a thread, threads a warp
         assert tile.warps <= 16
         assert tile.warps & (tile.warps - 1) == 0
     bwd = launch.rmsnorm_bwd_tile(D, 4)
