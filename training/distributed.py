@@ -65,10 +65,11 @@ class Device:
         return torch.cuda.get_device_properties(self.device).total_memory if self.device.type == "cuda" else None
 
 
-def init(hardware: HardwareConfig, *, timeout_s: float = 600.0) -> Device:
+def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
     """Choose device and dtype, join the other ranks if torchrun started us, set the process-wide switches.
 
-    timeout_s   how long a collective waits for a rank that went missing before the run fails
+    timeout_s   how long a collective waits for a rank before the run fails: longer than rank 0 alone may take to
+                train a tokenizer while the others wait
     """
     rank, local_rank, world_size = read_ranks(os.environ)
     device = choose_device(hardware.device, local_rank)

@@ -123,7 +123,7 @@ def test_device_batch_shrinks_with_the_model_and_with_memory():
     assert largest_device_batch(**size, memory_bytes=None) == 4
     assert largest_device_batch(**size | {"sequence_len": 20_000}, memory_bytes=None) == 1
     small, large = (largest_device_batch(**size, memory_bytes=gb * 10**9) for gb in (24, 80))
-    assert 1 <= small < large <= 64
+    assert 1 <= small < large == 32
     assert largest_device_batch(**size | {"n_layer": 48}, memory_bytes=8 * 10**9) == 1, "too small is the user's news"
 
 
