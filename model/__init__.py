@@ -1,5 +1,7 @@
 """From a configuration to a model: the type of the configuration names the family."""
 
+from dataclasses import asdict, fields
+
 import torch
 
 from errors import KestrelError
@@ -21,3 +23,39 @@ def build(config: ModelConfig, vocab_size: int, ops: Ops, dtype: torch.dtype = t
         raise KestrelError(f"the vocabulary must have at least one token, got {vocab_size}")
     with torch.device("meta"):
         return FAMILIES[type(config)](config, vocab_size, ops, dtype)
+
+
+FAMILY_NAMES = {"nanochat": NanochatConfig, "llama": LlamaConfig}
+
+
+def config_to_dict(config: ModelConfig) -> dict:
+    """A model's configuration as plain data, with the name of its family, for checkpoints."""
+    family = next(name for name, kind in FAMILY_NAMES.items() if kind is type(config))
+    return {"family": family, **asdict(config)}
+
+
+def config_from_dict(values: dict) -> ModelConfig:
+    """The inverse of config_to_dict. What comes out of a checkpoint is data: an unknown family, key or type is refused."""
+    values = dict(values)
+    family = values.pop("family", None)
+    if family not in FAMILY_NAMES:
+        raise KestrelError(
+            f"the checkpoint's model family is {family!r:.80}; this Kestrel knows {', '.join(FAMILY_NAMES)}"
+        )
+    kind = FAMILY_NAMES[family]
+    known = {f.name: f for f in fields(kind)}
+    if unknown := sorted(set(values) - set(known)):
+        raise KestrelError(
+            f"the checkpoint's model has keys this Kestrel does not know: {', '.join(map(str, unknown))[:200]}"
+        )
+    for key, value in values.items():
+        default = known[key].default
+        fits = value is None or isinstance(value, int) if default is None else is_like(value, default)
+        if not fits:
+            raise KestrelError(f"the checkpoint's model.{key} should be a {type(default).__name__}, got {value!r:.80}")
+    return kind(**values)
+
+
+def is_like(value: object, default: object) -> bool:
+    """Whether a JSON value may stand where `default` does: same type, or a whole number for a float."""
+    return type(value) is type(default) or (type(default) is float and type(value) is int)
