@@ -73,11 +73,20 @@ def sample(
     history  [B, H] int64, the tokens that count as repeated (−1: no token); needed for the penalty only
     → [B] int64; with temperature 0 the first of the highest logits
     """
+    scores = final_scores(logits, config, history)
+    if config.temperature == 0:
+        return scores.argmax(dim=-1)
+    rows = torch.arange(len(scores), device=scores.device) if rows is None else rows
+    return (scores + gumbel_noise(config.seed, rows, step, scores.shape[1])).argmax(dim=-1)
+
+
+def final_scores(logits: Tensor, config: SamplingConfig, history: Tensor | None = None) -> Tensor:
+    """Everything before the draw: fp32 scores [B, V] whose softmax is what is drawn from."""
     scores = logits.float()
     if config.repetition_penalty != 1.0 and history is not None:
         scores = penalise(scores, history, config.repetition_penalty)
     if config.temperature == 0:
-        return scores.argmax(dim=-1)
+        return scores
     # Relative to the highest, so that a tiny temperature gives −inf at worst, never inf − inf.
     scores = scores - scores.amax(dim=-1, keepdim=True)
     scores = scores / max(config.temperature, torch.finfo(torch.float32).tiny)
@@ -85,10 +94,7 @@ def sample(
     if 0 < config.top_k < n_left:
         n_left = config.top_k
         scores = keep_top_k(scores, n_left)
-    if config.top_p < 1:
-        scores = keep_top_p(scores, config.top_p, n_left)
-    rows = torch.arange(len(scores), device=scores.device) if rows is None else rows
-    return (scores + gumbel_noise(config.seed, rows, step, scores.shape[1])).argmax(dim=-1)
+    return keep_top_p(scores, config.top_p, n_left) if config.top_p < 1 else scores
 
 
 def penalise(scores: Tensor, history: Tensor, penalty: float) -> Tensor:
@@ -135,7 +141,11 @@ def gumbel_noise(seed: int, rows: Tensor, step: int | Tensor, n: int) -> Tensor:
     """
     keys = mix(mix(rows * signed(0x9E3779B97F4A7C15) + seed) + step)
     tokens = mix(torch.arange(1, n + 1, device=rows.device))
-    bits = shifted(mix(keys[:, None] + tokens), 32)
+    return gumbel(shifted(mix(keys[:, None] + tokens), 32))
+
+
+def gumbel(bits: Tensor) -> Tensor:
+    """32 random bits → Gumbel noise, finite for all of them."""
     # In (0, 1): half a step up from 0, and the largest float below 1 instead of 1.
     uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
     return -torch.log(-torch.log1p(-uniform))
