@@ -21,7 +21,7 @@ TENSOR_FILES = ("model.safetensors", "optimizer.safetensors")
 TEXT_FILES = ("state.json", "config.json", "tokenizer.json")
 MANIFEST = "manifest.json"
 VERSION = 1
-MAX_BYTES = {MANIFEST: 64 << 10, "state.json": 8 << 20, "config.json": 8 << 20, "tokenizer.json": 64 << 20}
+MAX_BYTES = {MANIFEST: 64 << 10, "state.json": 8 << 20, "config.json": 8 << 20, "tokenizer.json": 16 << 20}
 REMEDY = "use another checkpoint (delete this folder to go on from the one before it), or copy it again from its source"
 
 
