@@ -10,7 +10,8 @@ two runs give the same bits.
 Rows too wide for the registers of one program take the `_wide_` kernels at the end: they go over each row twice in blocks
 of columns, and sum dw in a pass of its own.
 
-Strides are passed as plain integers, not as tuples: torch.compile does not take tuples as arguments of a kernel.
+Rows may lie any distance apart; rows whose own values do not lie side by side are copied first, so that every load is
+one of whole 16-byte words. Strides are plain integers, since torch.compile takes no tuples as arguments of a kernel.
 """
 # ruff: noqa: C408  (dict(x=x, …) mirrors the launches by keyword)
 
@@ -20,13 +21,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels_triton.launch import (
-    WIDEST_BLOCK,
-    Tile,
-    ceil_div,
-    resident_programs,
-    rmsnorm_bwd_tile,
-    rmsnorm_fwd_tile,
+from kernels_triton.launch import (  # isort: skip
+    WIDEST_BLOCK, Tile, ceil_div, resident_programs, rmsnorm_bwd_tile, rmsnorm_fwd_tile,
 )
 
 WIDE = Tile(BT=1, BD=4096, warps=8)       # columns at a time of a wide row; not measured yet
@@ -35,17 +31,17 @@ WIDE_DW = Tile(BT=16, BD=256, warps=4)    # rows × columns at a time of dw; not
 
 @triton.jit
 def _rmsnorm_fwd_kernel(
-    x, w, y, r, stride_x_t, stride_x_d, T,
+    x, w, y, r, stride_x, T,
     D: tl.constexpr, eps: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD).to(tl.int64)
     m_t, m_d = o_t < T, o_d < D
     m = m_t[:, None] & m_d[None, :]
-    p_x = x + o_t[:, None] * stride_x_t + o_d[None, :] * stride_x_d
-    b_x = tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(r.dtype.element_ty)      # [BT, BD]
-    b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)                                                  # [BT]
-    b_y = b_x * b_r[:, None]                                                                        # [BT, BD]
+    p_x = x + o_t[:, None] * stride_x + o_d[None, :]
+    b_x = tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(r.dtype.element_ty)         # [BT, BD]
+    b_r = tl.rsqrt(tl.sum(b_x * b_x, 1) / D + eps)                                                      # [BT]
+    b_y = b_x * b_r[:, None]                                                                            # [BT, BD]
     if w is not None:
         b_y *= tl.load(w + o_d, mask=m_d, other=0.0, eviction_policy="evict_last").to(b_y.dtype)[None, :]
     tl.store(y + o_t[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m)
@@ -54,34 +50,34 @@ def _rmsnorm_fwd_kernel(
 
 @triton.jit
 def _rmsnorm_bwd_kernel(
-    x, w, r, dy, dx, dw, stride_x_t, stride_x_d, stride_dy_t, stride_dy_d, T,
+    x, w, r, dy, dx, dw, stride_x, stride_dy, T,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr,
 ):
     i_p, n_p = tl.program_id(0).to(tl.int64), tl.num_programs(0)
     o_d = tl.arange(0, BD).to(tl.int64)
     m_d = o_d < D
     if w is not None:
-        b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(r.dtype.element_ty)                          # [BD]
+        b_w = tl.load(w + o_d, mask=m_d, other=0.0).to(r.dtype.element_ty)                              # [BD]
     if dw is not None:
-        b_dw = tl.zeros([BT, BD], dtype=r.dtype.element_ty)                                         # [BT, BD]
+        b_dw = tl.zeros([BT, BD], dtype=r.dtype.element_ty)                                             # [BT, BD]
     for i_t in tl.range(i_p, tl.cdiv(T, BT), n_p, num_stages=STAGES):
         o_t = i_t * BT + tl.arange(0, BT)
         m_t = o_t < T
         m = m_t[:, None] & m_d[None, :]
-        p_x = x + o_t[:, None] * stride_x_t + o_d[None, :] * stride_x_d
-        p_dy = dy + o_t[:, None] * stride_dy_t + o_d[None, :] * stride_dy_d
-        b_x = tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(r.dtype.element_ty)    # [BT, BD]
-        b_dy = tl.load(p_dy, mask=m, other=0.0, eviction_policy="evict_first").to(r.dtype.element_ty)  # [BT, BD]
-        b_r = tl.load(r + o_t, mask=m_t, other=0.0)                                                 # [BT]
-        b_xr = b_x * b_r[:, None]                                                                   # [BT, BD]
+        p_x = x + o_t[:, None] * stride_x + o_d[None, :]
+        p_dy = dy + o_t[:, None] * stride_dy + o_d[None, :]
+        b_x = tl.load(p_x, mask=m, other=0.0, eviction_policy="evict_first").to(r.dtype.element_ty)     # [BT, BD]
+        b_dy = tl.load(p_dy, mask=m, other=0.0, eviction_policy="evict_first").to(r.dtype.element_ty)   # [BT, BD]
+        b_r = tl.load(r + o_t, mask=m_t, other=0.0)                                                     # [BT]
+        b_xr = b_x * b_r[:, None]                                                                       # [BT, BD]
         if dw is not None:
             b_dw += b_dy * b_xr
         if dx is not None:
             b_g = b_dy
             if w is not None:
                 b_g = b_dy * b_w[None, :]
-            b_c = tl.sum(b_g * b_xr, 1) / D                                                         # [BT]
-            b_dx = (b_g - b_xr * b_c[:, None]) * b_r[:, None]                                       # [BT, BD]
+            b_c = tl.sum(b_g * b_xr, 1) / D                                                             # [BT]
+            b_dx = (b_g - b_xr * b_c[:, None]) * b_r[:, None]                                           # [BT, BD]
             tl.store(dx + o_t[:, None] * D + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m)
     if dw is not None:
         tl.store(dw + i_p * D + o_d, tl.sum(b_dw, 0), mask=m_d)
@@ -89,23 +85,23 @@ def _rmsnorm_bwd_kernel(
 
 @triton.jit
 def _rmsnorm_wide_fwd_kernel(
-    x, w, y, r, stride_x_t, stride_x_d,
+    x, w, y, r, stride_x,
     D: tl.constexpr, eps: tl.constexpr, BD: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
-    b_sum = tl.zeros([BD], dtype=r.dtype.element_ty)                                                # [BD]
+    b_sum = tl.zeros([BD], dtype=r.dtype.element_ty)                                                    # [BD]
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD).to(tl.int64)
-        p_x = x + i_t * stride_x_t + o_d * stride_x_d
-        b_x = tl.load(p_x, mask=o_d < D, other=0.0, eviction_policy="evict_last").to(b_sum.dtype)    # [BD]
+        p_x = x + i_t * stride_x + o_d
+        b_x = tl.load(p_x, mask=o_d < D, other=0.0, eviction_policy="evict_last").to(b_sum.dtype)       # [BD]
         b_sum += b_x * b_x
     b_r = tl.rsqrt(tl.sum(b_sum, 0) / D + eps)
     tl.store(r + i_t, b_r)
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD).to(tl.int64)
         m_d = o_d < D
-        p_x = x + i_t * stride_x_t + o_d * stride_x_d
-        b_y = tl.load(p_x, mask=m_d, other=0.0, eviction_policy="evict_first").to(b_sum.dtype) * b_r  # [BD]
+        p_x = x + i_t * stride_x + o_d
+        b_y = tl.load(p_x, mask=m_d, other=0.0, eviction_policy="evict_first").to(b_sum.dtype) * b_r    # [BD]
         if w is not None:
             b_y *= tl.load(w + o_d, mask=m_d, other=0.0).to(b_y.dtype)
         tl.store(y + i_t * D + o_d, b_y.to(y.dtype.element_ty), mask=m_d)
@@ -113,17 +109,17 @@ def _rmsnorm_wide_fwd_kernel(
 
 @triton.jit
 def _rmsnorm_wide_dx_kernel(
-    x, w, r, dy, dx, stride_x_t, stride_x_d, stride_dy_t, stride_dy_d,
+    x, w, r, dy, dx, stride_x, stride_dy,
     D: tl.constexpr, BD: tl.constexpr,
 ):
     i_t = tl.program_id(0).to(tl.int64)
     b_r = tl.load(r + i_t)
-    b_sum = tl.zeros([BD], dtype=r.dtype.element_ty)                                                # [BD]
+    b_sum = tl.zeros([BD], dtype=r.dtype.element_ty)                                                    # [BD]
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD).to(tl.int64)
         m_d = o_d < D
-        b_x = tl.load(x + i_t * stride_x_t + o_d * stride_x_d, mask=m_d, other=0.0).to(b_sum.dtype)       # [BD]
-        b_g = tl.load(dy + i_t * stride_dy_t + o_d * stride_dy_d, mask=m_d, other=0.0).to(b_sum.dtype)    # [BD]
+        b_x = tl.load(x + i_t * stride_x + o_d, mask=m_d, other=0.0).to(b_sum.dtype)                    # [BD]
+        b_g = tl.load(dy + i_t * stride_dy + o_d, mask=m_d, other=0.0).to(b_sum.dtype)                  # [BD]
         if w is not None:
             b_g *= tl.load(w + o_d, mask=m_d, other=0.0).to(b_g.dtype)
         b_sum += b_g * (b_x * b_r)
@@ -131,29 +127,29 @@ def _rmsnorm_wide_dx_kernel(
     for i_d in range(0, D, BD):
         o_d = i_d + tl.arange(0, BD).to(tl.int64)
         m_d = o_d < D
-        b_x = tl.load(x + i_t * stride_x_t + o_d * stride_x_d, mask=m_d, other=0.0).to(b_sum.dtype)       # [BD]
-        b_g = tl.load(dy + i_t * stride_dy_t + o_d * stride_dy_d, mask=m_d, other=0.0).to(b_sum.dtype)    # [BD]
+        b_x = tl.load(x + i_t * stride_x + o_d, mask=m_d, other=0.0).to(b_sum.dtype)                    # [BD]
+        b_g = tl.load(dy + i_t * stride_dy + o_d, mask=m_d, other=0.0).to(b_sum.dtype)                  # [BD]
         if w is not None:
             b_g *= tl.load(w + o_d, mask=m_d, other=0.0).to(b_g.dtype)
-        b_dx = (b_g - b_x * b_r * b_c) * b_r                                                        # [BD]
+        b_dx = (b_g - b_x * b_r * b_c) * b_r                                                            # [BD]
         tl.store(dx + i_t * D + o_d, b_dx.to(dx.dtype.element_ty), mask=m_d)
 
 
 @triton.jit
 def _rmsnorm_wide_dw_kernel(
-    x, r, dy, dw, stride_x_t, stride_x_d, stride_dy_t, stride_dy_d, T,
+    x, r, dy, dw, stride_x, stride_dy, T,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     i_d, i_p, n_p = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64), tl.num_programs(1)
     o_d = i_d * BD + tl.arange(0, BD)
     m_d = o_d < D
-    b_dw = tl.zeros([BT, BD], dtype=r.dtype.element_ty)                                             # [BT, BD]
+    b_dw = tl.zeros([BT, BD], dtype=r.dtype.element_ty)                                                 # [BT, BD]
     for i_t in range(i_p, tl.cdiv(T, BT), n_p):
         o_t = i_t * BT + tl.arange(0, BT)
         m = (o_t < T)[:, None] & m_d[None, :]
-        b_x = tl.load(x + o_t[:, None] * stride_x_t + o_d[None, :] * stride_x_d, mask=m, other=0.0)       # [BT, BD]
-        b_dy = tl.load(dy + o_t[:, None] * stride_dy_t + o_d[None, :] * stride_dy_d, mask=m, other=0.0)   # [BT, BD]
-        b_r = tl.load(r + o_t, mask=o_t < T, other=0.0)                                             # [BT]
+        b_x = tl.load(x + o_t[:, None] * stride_x + o_d[None, :], mask=m, other=0.0)                    # [BT, BD]
+        b_dy = tl.load(dy + o_t[:, None] * stride_dy + o_d[None, :], mask=m, other=0.0)                 # [BT, BD]
+        b_r = tl.load(r + o_t, mask=o_t < T, other=0.0)                                                 # [BT]
         b_dw += b_dy.to(b_dw.dtype) * (b_x.to(b_dw.dtype) * b_r[:, None])
     tl.store(dw + i_p * D + o_d, tl.sum(b_dw, 0), mask=m_d)
 
@@ -165,7 +161,7 @@ def _rmsnorm_fwd(x: Tensor, w: Tensor | None, eps: float) -> tuple[Tensor, Tenso
     r = torch.empty((T,), dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
     if T == 0:
         return y, r
-    inputs = dict(x=x, w=w, y=y, r=r, stride_x_t=x.stride(0), stride_x_d=x.stride(1), D=D, eps=eps)
+    inputs = dict(x=x, w=w, y=y, r=r, stride_x=x.stride(0), D=D, eps=eps)
     if D > WIDEST_BLOCK:
         _rmsnorm_wide_fwd_kernel[(T,)](**inputs, BD=WIDE.BD, num_warps=WIDE.warps)
     else:
@@ -190,9 +186,8 @@ def _rmsnorm_bwd(
     dw = torch.empty((programs, D), dtype=r.dtype, device=x.device) if needs_dw else None
     if T > 0:
         _rmsnorm_bwd_kernel[(programs,)](
-            x=x, w=w, r=r, dy=dy, dx=dx, dw=dw, stride_x_t=x.stride(0), stride_x_d=x.stride(1),
-            stride_dy_t=dy.stride(0), stride_dy_d=dy.stride(1), T=T, D=D, BT=tile.BT, BD=tile.BD, STAGES=tile.stages if needs_dw else 1,
-            num_warps=tile.warps,
+            x=x, w=w, r=r, dy=dy, dx=dx, dw=dw, stride_x=x.stride(0), stride_dy=dy.stride(0), T=T, D=D,
+            BT=tile.BT, BD=tile.BD, STAGES=tile.stages if needs_dw else 1, num_warps=tile.warps,
         )
     return dx, dw.sum(0).to(w.dtype) if needs_dw else None
 
@@ -202,10 +197,7 @@ def _rmsnorm_wide_bwd(
 ) -> Tensor | None:
     """Fill dx if there is one; → dw [D] or None."""
     T, D = x.shape
-    inputs = dict(
-        x=x, r=r, dy=dy, stride_x_t=x.stride(0), stride_x_d=x.stride(1),
-        stride_dy_t=dy.stride(0), stride_dy_d=dy.stride(1), D=D,
-    )
+    inputs = dict(x=x, r=r, dy=dy, stride_x=x.stride(0), stride_dy=dy.stride(0), D=D)
     if dx is not None and T > 0:
         _rmsnorm_wide_dx_kernel[(T,)](**inputs, w=w, dx=dx, BD=WIDE.BD, num_warps=WIDE.warps)
     if not needs_dw:
@@ -221,6 +213,11 @@ def _rmsnorm_wide_bwd(
     return dw.sum(0).to(w.dtype)
 
 
+def side_by_side(x: Tensor) -> Tensor:
+    """[T, D] with the values of each row next to each other; rows may be far apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, w: Tensor | None, eps: float) -> Tensor:
@@ -232,7 +229,7 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         x, w, r = ctx.saved_tensors
-        return *_rmsnorm_bwd(x, w, r, dy, *ctx.needs_input_grad[:2]), None
+        return *_rmsnorm_bwd(x, w, r, side_by_side(dy), *ctx.needs_input_grad[:2]), None
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -246,4 +243,4 @@ def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Te
     if not eps >= 0:
         raise ValueError(f"rmsnorm eps must not be negative, got {eps}")
     weight = weight if weight is None else weight.contiguous()
-    return _RMSNorm.apply(x.reshape(-1, x.shape[-1]), weight, float(eps)).view(x.shape)
+    return _RMSNorm.apply(side_by_side(x.reshape(-1, x.shape[-1])), weight, float(eps)).view(x.shape)
