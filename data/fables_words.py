@@ -118,51 +118,51 @@ HOURS = ["morning", "day", "afternoon"]
 # Things to wish for, by group: a noun and the adjectives it goes with.
 THINGS = {
     "keepsake": """
-        bell      | silver copper little golden
+        bell      | silver copper small golden
         ring      | golden silver copper shiny
-        whistle   | wooden silver red little
+        whistle   | wooden silver red small
         button    | blue golden round shiny
         coin      | golden silver old shiny
         marble    | green blue glass striped
         shell     | white pink round shiny
-        spoon     | silver wooden golden little
-        flute     | wooden silver little old
+        spoon     | silver wooden golden small
+        flute     | wooden silver small old
         ball      | red blue yellow striped
-        cup       | copper golden blue little
-        key       | golden copper old little
-        comb      | silver wooden green little
+        cup       | copper golden blue small
+        key       | golden copper old small
+        comb      | silver wooden green small
         ribbon    | red blue yellow striped
         scarf     | red green striped soft
         hat       | red green yellow soft
-        doll      | wooden little old soft
+        doll      | wooden small old soft
         feather   | white blue golden long
-        mirror    | round silver little old
+        mirror    | round silver small old
         pearl     | white pink round shiny""",
     "toy": """
         kite      | red blue yellow striped
         ball      | red blue yellow striped
-        drum      | red blue little round
-        sledge    | wooden red little blue
-        swing     | wooden red little yellow
+        drum      | red blue small round
+        sledge    | wooden red small blue
+        swing     | wooden red small yellow
         hoop      | red wooden golden yellow
-        doll      | wooden little old soft
+        doll      | wooden small old soft
         rope      | long red striped yellow""",
     "instrument": """
-        flute     | wooden silver little old
-        fiddle    | old little brown wooden
-        drum      | red blue little round
+        flute     | wooden silver small old
+        fiddle    | old small brown wooden
+        drum      | red blue small round
         horn      | copper golden old long
-        harp      | golden little old wooden
-        trumpet   | golden copper little shiny
-        whistle   | wooden silver red little""",
+        harp      | golden small old wooden
+        trumpet   | golden copper small shiny
+        whistle   | wooden silver red small""",
     "breakable": """
-        cup       | blue white golden little
+        cup       | blue white golden small
         bowl      | blue green white yellow
         jug       | brown blue white round
         plate     | blue green white golden
         lamp      | green old glass yellow
         teapot    | brown blue white round
-        mirror    | round silver little old
+        mirror    | round silver small old
         vase      | green blue glass white""",
     "clothing": """
         scarf     | red green striped soft
@@ -177,161 +177,20 @@ THINGS = {
         rose      | red white pink yellow
         melon     | big round green fat
         bean      | green long fat tall
-        apple tree| little young strong straight
+        apple tree| small young strong straight
         cabbage   | green big round fat
         strawberry| red sweet big fat""",
     "medicine": """
         rose      | white golden wild
-        mint      | green silver wild
-        moss      | silver green soft
-        root      | white red sweet
         lily      | white golden pink
-        thyme     | green wild sweet""",
+        root      | white red sweet
+        berry     | black golden wild
+        leaf      | silver golden round
+        mushroom  | brown white round""",
     "part": """
-        spring    | copper little shiny
-        wheel     | copper little round
-        screw     | little silver shiny
+        spring    | copper small shiny
+        wheel     | copper small round
+        screw     | small silver shiny
         chain     | copper silver thin
-        pin       | little silver golden""",
-}
-
-# Wishes with a little tale of their own. The first line names the columns, the first column is what is wished for (or
-# feared, or guessed), and a column called "not" lists what a hero must not be able to do already.
-THEMES = {
-    "food": """
-wish     | full
-honey    | a jar of honey
-bread    | a loaf of bread
-cheese   | a piece of cheese
-berries  | a basket of berries
-nuts     | a bag of nuts
-apples   | a basket of apples
-soup     | a pot of soup
-plums    | a bowl of plums
-cherries | a bowl of cherries
-carrots  | a bunch of carrots""",
-    "cake": """
-wish        | filling  | full
-honey cake  | honey    | a jar of honey
-apple cake  | apples   | a basket of apples
-nut cake    | nuts     | a bag of nuts
-cherry cake | cherries | a bowl of cherries
-carrot cake | carrots  | a bunch of carrots
-plum cake   | plums    | a bowl of plums
-cheese cake | cheese   | a piece of cheese""",
-    "skill": """
-wish           | not  | first | second | tip
-swim           | swim | {He} jumped into the pond and swallowed a mouthful of water. | {His} legs went down and {his} nose went under. | Breathe slowly, and kick like a frog.
-whistle        | sing | {He} blew and blew, but only air came out. | {He} blew until {his} face was red, but there was no sound at all. | Make a small round mouth, and blow as softly as the wind.
-dance          | -    | {He} turned left when everyone turned right. | {He} stepped on {his} own {hero.limb} and fell over. | Do not count the steps. Listen to the music.
-skip stones    | -    | The first stone went straight down with a splash. | The second stone made a bigger splash and was gone. | Take a flat stone, and throw it low.
-fly a kite     | -    | The kite bumped along the ground like a sack. | The kite went up, turned around and fell on its nose. | Turn your back to the wind, and let the string go slowly.
-row a boat     | -    | The boat went around and around like a top. | The boat bumped into the bank and stuck there. | Pull with both sides at the same time.
-juggle         | -    | All three apples fell on {his} head. | One apple rolled away, and two fell on {his} nose. | Begin with one apple. Then take two. Then take three.
-bake bread     | -    | The first bread was as hard as a stone. | The second bread was as black as the night. | Let it rest in a warm place before you bake it.
-play the flute | -    | The flute squeaked like an old door. | The flute made a sound like a sick goose. | Play one note until it is your friend, and then play the next.
-walk on a rope | -    | {He} fell off after the first step. | {He} took two steps, and then {he} fell into the grass. | Look at the end of the rope and not at the ground.
-tell stories   | sly  | {He} told the end first, and nobody laughed. | In the middle {he} forgot what came next. | Tell it to one friend, as if it had happened to you.
-draw a horse   | -    | {His} horse looked like a table with ears. | {His} second horse had five legs and no neck. | Look at the horse for a long time before you draw.""",
-    "fear": """
-wish           | why | look | truth
-the dark       | At night, the shadows in the corner looked like monsters. | sat down in the dark and waited until their eyes could see | The monster in the corner was only a coat on a chair.
-the thunder    | When it rolled over the roofs, {he} hid under the bed. | sat at the window and counted from the flash to the boom | Each time they could count a little further, for the storm was going away.
-the deep well  | A deep voice lived in it and answered every word. | went to the well and called down a kind word | The voice called the same kind word back, for it was only their own.
-the old mill   | When the wind blew, a terrible groan came from inside. | opened the door of the old mill and looked inside | The groan came from an old wheel that the wind was turning.
-the big dog    | It stood behind the fence and barked at everyone. | went to the fence with a piece of bread | The big dog ate the bread, and its tail began to wag.
-the tall tower | From the top, the ground looked terribly far away. | climbed the tower slowly, one step at a time | From the top they could see their own homes, as small as toys.
-the cellar     | Something was always scratching down there. | went down into the cellar with a small lamp | The scratching came from a family of mice who were making a bed.""",
-    "riddle": """
-wish       | ask | why
-a river    | I run all day and never grow tired. I have a bed, but I never sleep in it. | It runs to the sea, and its bed is never made
-a shadow   | I walk with you in the sun and leave you in the dark. | It is there in the sun and gone in the dark
-a candle   | I am tall when I am young and short when I am old. | It grows shorter while it burns
-an echo    | I have no mouth, but I answer everyone. I know every language. | It says back whatever you say
-the wind   | I have no hands, but I open doors. I have no mouth, but I sing in the trees. | It opens doors and sings in the trees
-the moon   | I am thin, and then I am fat, and yet I never eat a bite. | It grows and grows without eating
-a clock    | I have two hands, but I cannot hold a cup. | Its hands only show the time
-an egg     | I am a white house without a door, and whoever lives in me must break the wall. | A chick breaks the wall and walks out
-a road     | I go over the hills and through the town, and yet I never move. | It goes everywhere and stays where it is
-a needle   | I have only one eye, and I cannot see. | Its one eye is for the thread
-a book     | I have many leaves, but I am not a tree. I have many words, but I cannot speak. | Its leaves are full of words
-a bell     | I have one tongue and no teeth, and the whole village listens to me. | It has a tongue and it rings
-the snow   | I fall all day long, and it never hurts me. | It falls and falls without a sound
-a tree     | I wear a green coat in summer, and in winter I wear nothing at all. | It drops its leaves when the cold comes""",
-    "message": """
-wish   | message
-soup   | The soup is warm, and your chair is waiting.
-garden | The first flowers are open in the garden.
-baby   | The baby has come, and she has your nose.
-boat   | The boat is ready. Come before the snow.
-roof   | The roof is mended, and there is room for two.
-apples | The apples are ripe. Bring a big basket.
-song   | I have made a new song, and it is for you.
-lamp   | I have put a lamp in the window for you.
-bread  | The bread is in the oven. Come when you can.
-winter | Come and spend the winter with me.
-stars  | I look at the stars each night and think of you.
-fence  | The fence is broken. I need your help.""",
-    "egg": """
-wish        | mother
-blue egg    | robin
-white egg   | goose
-brown egg   | hen
-green egg   | duck
-spotted egg | sparrow
-grey egg    | swan
-yellow egg  | lark""",
-    "sky": """
-wish        | how | fall | where | truth
-the moon    | climbed up to the highest branch of a tree | The moon was as far away as before. | in a bucket of water by the door | The moon lay in the water, round and white
-a star      | stood on the highest hill and jumped | The stars were as far away as before. | in the dark grass | A firefly sat there and shone like a star
-a rainbow   | ran over three fields to where it stood | The rainbow had moved on to the next hill. | over the garden, where the water was splashing | A little rainbow stood in the drops
-a cloud     | climbed to the very top of the hill | The clouds were as far away as before. | on the path the next morning, in the white mist | A cloud had come down in the night
-the sun     | followed the road all day to where it goes down | The sun went down behind another hill. | on the old stone wall | The stone was still full of sun and warm to touch""",
-    "far": """
-wish           | sight
-sea            | It was wide and blue, and it had no end.
-lighthouse     | It was tall and white, and its light went around and around.
-waterfall      | It was taller than a tower, and there was a rainbow in it.
-harbour        | It was full of ships with red and white sails.
-palace         | It had seven towers and a golden roof.
-desert         | It was all yellow sand, as far as one could see.
-whale          | It was as big as a hill, and it blew water high into the air.
-island         | It was small and green, with one tall tree on it.
-city           | It had a thousand windows, and all of them were shining.
-mountain       | It was so high that it had snow on its head in summer.""",
-    "lost at night": """
-wish      | came | home
-fisherman | a fisherman in a small boat | brought the boat to the shore
-doctor    | a doctor on the way to a sick child | found the door of the sick child
-postman   | a postman with a heavy bag | found the path to the village
-shepherd  | a shepherd with seven sheep | brought all the sheep home
-sailor    | a sailor on a great ship | turned the ship away from the rocks
-baker     | a baker with a cart full of bread | found the bridge over the river
-king      | a king on a tired horse | found the road to the palace""",
-    "hiding place": """
-wish        | into
-barrel      | into
-basket      | into
-haystack    | into
-cupboard    | into
-hollow tree | into
-old boat    | under
-big bed     | under
-cart        | under
-stairs      | under
-curtain     | behind
-stove       | behind
-wall        | behind""",
-    "house": """
-wish         | with
-red door     | a red door
-round window | a round window
-green roof   | a green roof
-yellow fence | a yellow fence
-tall chimney | a tall chimney
-warm stove   | a warm stove
-blue gate    | a blue gate
-big table    | a big table
-soft bed     | a soft bed""",
+        pin       | small silver golden""",
 }
