@@ -20,6 +20,7 @@ from errors import KestrelError
 from inference.kv_cache import KVCache
 from inference.sampling import PENALTY_WINDOW, SamplingConfig, sample
 from model.language_model import LanguageModel
+from model.layers.linear import Embedding, Linear
 
 DEFAULT_NEW_TOKENS = 256
 STOPS = ("<|bos|>", "<|assistant_end|>")  # a new document begins; the answer of a chat is over
@@ -132,6 +133,17 @@ def recent_tokens(ids: list[int], stop_ids: set[int], device: torch.device) -> T
     """
     ids = [-1 if token in stop_ids else token for token in ids[-PENALTY_WINDOW:]]
     return torch.tensor([[-1] * (PENALTY_WINDOW - len(ids)) + ids], device=device)
+
+
+def cast_weights(model: LanguageModel) -> LanguageModel:
+    """Keep matrices and tables in the model's dtype, as every use casts them anyway: same numbers, less to read.
+
+    For a model that will not be trained: its fp32 masters are gone.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear | Embedding):
+            module.weight.data = module.weight.data.to(model.dtype)
+    return model.requires_grad_(False)
 
 
 class TextStream:

@@ -1,0 +1,107 @@
+"""Continue a text with a trained model: `python infer.py prompt="Once upon a time"`.
+
+The newest run answers, or the one that `ckpt=` names. What the model is comes from its checkpoint, which is read as
+data and verified. conf/infer.yaml lists every key.
+
+    python infer.py                                     a story from its beginning
+    python infer.py prompt="No, (not) me: said the fox" temperature=0.5 num_samples=3
+    echo "The old mill" | python infer.py max_new_tokens=100 > story.txt
+"""
+
+import os
+import signal
+
+if __name__ == "__main__":  # before the imports, which take seconds: until there is a story Ctrl-C needs no answer
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import checkpoint
+from checkpoint import Checkpoint
+from config import InferConfig, run_command
+from data.tokenizer import tokenizer_from_json
+from errors import KestrelError
+from inference.console import close_quietly, note, read_prompt, tell
+from inference.engine import Engine, cast_weights
+from model import LanguageModel, build, config_from_dict
+from model.ops import Ops, describe_ops, load_ops
+from training import distributed
+from training.distributed import Device, HardwareConfig
+
+RAW_KEYS = ("prompt", "ckpt", "runs_dir")  # taken as typed, whatever quotes, commas or brackets they hold
+
+
+def main(config: InferConfig) -> None:
+    """Find the checkpoint, load it, tell the story; 130 is the exit status of a program stopped by Ctrl-C."""
+    try:
+        engine = load_engine(config)
+        prompt = read_prompt(config.prompt)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        complete = tell(engine, prompt, config, stream=config.stream)
+    except BrokenPipeError:
+        close_quietly()
+        return
+    except KeyboardInterrupt:
+        complete = False
+    if not complete:
+        sys.exit(130)
+
+
+def load_engine(config: InferConfig) -> Engine:
+    """The model and tokenizer of the checkpoint that `config` means, on the device it asks for."""
+    check_hardware(config.hardware)
+    saved = checkpoint.read_checkpoint(find_checkpoint(config.ckpt, config.runs_dir))
+    device = distributed.init(with_dtype_of(saved, config.hardware))
+    ops = load_ops(config.kernels, device.device)
+    tokenizer = tokenizer_from_json(saved.tokenizer_json)
+    model = load_model(saved, tokenizer.vocab_size, ops, device)
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    note(
+        f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
+        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: {describe_ops(config.kernels)}"
+    )
+    return Engine(model, tokenizer)
+
+
+def check_hardware(hardware: HardwareConfig) -> None:
+    """Refuse what would change nothing here."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        raise KestrelError("infer.py runs as one process: start it with python instead of torchrun")
+    if hardware.compile:
+        raise KestrelError("hardware.compile=true is for training: infer.py runs the model as it is, leave it out")
+    if hardware.device_batch_size != -1:
+        raise KestrelError("hardware.device_batch_size is for training: infer.py takes num_samples instead")
+
+
+def find_checkpoint(ckpt: str | None, runs_dir: str) -> Path:
+    """The checkpoint that `ckpt` means, or the newest one of the newest run."""
+    if ckpt is None:
+        return checkpoint.find(checkpoint.find_newest_run(Path(runs_dir)))
+    if not ckpt:
+        raise KestrelError("ckpt= is empty: give the folder of a run or of a checkpoint, or leave it out")
+    return checkpoint.find(Path(ckpt).expanduser())
+
+
+def with_dtype_of(saved: Checkpoint, hardware: HardwareConfig) -> HardwareConfig:
+    """The dtype of the training run unless another is asked for; what a CPU cannot compute in, it does in its own."""
+    if hardware.dtype != "auto":
+        return hardware
+    dtype = saved.config.get("hardware", {}).get("dtype", "auto")
+    is_cuda = distributed.choose_device(hardware.device, local_rank=0).type == "cuda"
+    return dataclasses.replace(hardware, dtype="auto" if dtype == "float16" and not is_cuda else dtype)
+
+
+def load_model(saved: Checkpoint, vocab_size: int, ops: Ops, device: Device) -> LanguageModel:
+    """The checkpoint's model with its weights, ready to read."""
+    model = build(config_from_dict(saved.config.get("model", {})), vocab_size, ops, device.dtype)
+    tensors = checkpoint.load_tensors(saved.path, "model", checkpoint.spec_of(model.state_dict()), device.device)
+    model.to_empty(device=device.device)
+    model.load_state_dict(tensors)
+    model.init_buffers()
+    return cast_weights(model)
+
+
+if __name__ == "__main__":
+    run_command("infer", main, raw_keys=RAW_KEYS)
