@@ -158,12 +158,12 @@ def run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[s
     sys.argv[1:] = [quote_path(item) for item in argv]
     try:
         args = get_args_parser().parse_args(sys.argv[1:])
-        if not (args.multirun or args.help or args.hydra_help or args.version):
+        if not (args.multirun or args.help or args.hydra_help):
             compose(config_name, args.overrides)
     except (KestrelError, ValueError, HydraException, OmegaConfBaseException) as error:
         stop(one_line(error))
 
-    @hydra.main(version_base="1.3", config_path="conf", config_name=config_name)
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def entry(cfg: DictConfig) -> Any:
         try:
             config = to_typed(cfg, config_name)
