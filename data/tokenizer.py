@@ -295,6 +295,18 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise KestrelError(f"cannot use the tokenizer {path}: {what}; copy it again or make a new run") from error
 
 
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The inverse of `Tokenizer.to_json`; raises KestrelError unless it is exactly that."""
+    try:
+        document = json.loads(text)
+        if isinstance(document, dict):
+            document["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+        return _from_document(document)
+    except (ValueError, RecursionError) as error:
+        what = error if isinstance(error, KestrelError) else "it is damaged or not JSON"
+        raise KestrelError(f"cannot use this tokenizer: {what}") from error
+
+
 def _read_document(path: Path) -> Any:
     try:
         if not path.is_file():
