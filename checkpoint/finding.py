@@ -66,11 +66,19 @@ def order(path: Path) -> tuple[int, int]:
 
 def _complete(run_dir: Path) -> dict[Path, dict[str, Any]]:
     """Complete checkpoints and their manifests, in the order of their steps."""
+    named, before, found = _named(run_dir), None, {}
+    while named != before and not found:  # a run that is training may have deleted all that was there: look again
+        manifests = {path: _complete_manifest(path) for path in named}
+        found = {path: manifest for path, manifest in manifests.items() if manifest is not None}
+        named, before = _named(run_dir), named
+    return found
+
+
+def _named(run_dir: Path) -> list[Path]:
+    """Everything named like a checkpoint, in the order of steps."""
     with contextlib.suppress(OSError):
-        named = [path for path in (Path(run_dir) / "checkpoints").iterdir() if NAME.fullmatch(path.name)]
-        manifests = {path: _complete_manifest(path) for path in sorted(named, key=order)}
-        return {path: manifest for path, manifest in manifests.items() if manifest is not None}
-    return {}
+        return sorted((p for p in (Path(run_dir) / "checkpoints").iterdir() if NAME.fullmatch(p.name)), key=order)
+    return []
 
 
 def _complete_manifest(path: Path) -> dict[str, Any] | None:
