@@ -141,7 +141,7 @@ def bench_shape(
 
 
 def checked(case: Case, functions: dict[str, Callable], inputs: Shape, dtype: torch.dtype) -> dict[str, Candidate]:
-    """No timing on a red test: each candidate is as exact as plain PyTorch. Tiles the GPU has no room for are left out."""
+    """No timing on a red test: each candidate is as exact as plain PyTorch. Tiles that do not fit are left out."""
     runs = {"torch": Candidate(case, functions["torch"], inputs, dtype)}
     exact = Candidate(case, functions["torch"], inputs, torch.float64)
     exact.upstream = [up.double() for up in runs["torch"].upstream]

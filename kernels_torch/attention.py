@@ -60,8 +60,8 @@ def fused_attention(
     """F.scaled_dot_product_attention for [B, T, H, D] and grouped heads; mask is True where a key is seen."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
-    if mask is not None and group > 1:
-        # The fused kernel that takes masks knows no groups: it would fall back to T × T scores in memory.
+    if group > 1 and (mask is not None or q.dtype.itemsize > 2):
+        # On a GPU only the half-precision kernel without a mask knows groups; else T × T scores would come to memory.
         k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
         group = 1
     out = F.scaled_dot_product_attention(

@@ -3,7 +3,6 @@
 A shape is a dictionary of dimensions and options. `check` shapes are small and odd on purpose: the interpreter is slow
 and mistakes live at the edges. `time` shapes are those of real models.
 """
-# ruff: noqa: C408  (dict(B=2, T=7) reads better than a literal here)
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -13,7 +13,6 @@ of columns, and sum dw in a pass of its own.
 Rows may lie any distance apart; rows whose own values do not lie side by side are copied first, so that every load is
 one of whole 16-byte words. Strides are plain integers, since torch.compile takes no tuples as arguments of a kernel.
 """
-# ruff: noqa: C408  (dict(x=x, …) mirrors the launches by keyword)
 
 import torch
 import triton

@@ -1,5 +1,4 @@
 """RMS norm: the formula itself, widths from 1 to beyond one block, many rows, and dw without atomics."""
-# ruff: noqa: C408
 
 import pytest
 import torch
