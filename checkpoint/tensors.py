@@ -22,7 +22,7 @@ from errors import KestrelError
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]  # tensor name → shape and dtype
 
 CHUNK_BYTES = 1 << 20  # hashing what is still in the processor's cache is twice as fast as 16 MiB at a time
-MAX_HEADER_BYTES = 4 << 20  # some 40,000 tensors
+MAX_HEADER_BYTES = 1 << 20  # some 10,000 tensors
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",

@@ -495,15 +495,16 @@ def test_a_reader_beside_a_writer_sees_whole_checkpoints(tmp_path: Path):
 class VolatileDisk(saving.Disk):
     """A disk whose power can fail: what was not synced may be gone.
 
-    Contents of a file that were not synced are cut at a random length. Of the changes to each folder's names, a random
-    number of the newest are undone, but none that a sync_folder came after.
+    Contents of a file that were not synced are cut at a random length. Of the changes to a name in a folder, a random
+    number of the newest are undone, whatever happened to other names, but none that a sync_folder came after.
     """
 
     def __init__(self, root: Path, chance: random.Random, fail_at: int, skipped: str | None = None) -> None:
         self.root, self.chance, self.fail_at, self.skipped = root, chance, fail_at, skipped
         self.calls = 0
         self.unsynced: set[int] = set()  # inodes of files
-        self.names: dict[int, list[Callable[[Path], None]]] = {}  # inode of a folder → how to undo its changes
+        # (inode of a folder, name in it but for .tmp-<pid> and the like) → how to undo what was done to that name
+        self.changes: dict[tuple[int, str], list[Callable[[Path], None]]] = {}
         self.attic = root.parent / f"attic-{chance.random()}"
         self.attic.mkdir()
 
@@ -514,8 +515,8 @@ class VolatileDisk(saving.Disk):
             saving.disk = DeadDisk()
             raise PowerFailure
 
-    def _changed(self, folder: Path, undo: Callable[[Path], None]) -> None:
-        self.names.setdefault(folder.stat().st_ino, []).append(undo)
+    def _changed(self, path: Path, undo: Callable[[Path], None]) -> None:
+        self.changes.setdefault((path.parent.stat().st_ino, path.name.split(".")[0]), []).append(undo)
 
     def _store(self, path: Path) -> Path:
         kept = self.attic / f"{self.calls}-{len(names(self.attic))}-{path.name}"
@@ -526,13 +527,13 @@ class VolatileDisk(saving.Disk):
         self._tick()
         if not path.exists():
             super().make_folder(path)
-            self._changed(path.parent, lambda folder: self._store(folder / path.name))
+            self._changed(path, lambda folder: self._store(folder / path.name))
 
     def create(self, path: Path):
         self._tick()
         handle = super().create(path)
         self.unsynced.add(path.stat().st_ino)
-        self._changed(path.parent, lambda folder: self._store(folder / path.name))
+        self._changed(path, lambda folder: self._store(folder / path.name))
         return handle
 
     def write(self, handle, data) -> None:
@@ -548,7 +549,8 @@ class VolatileDisk(saving.Disk):
     def sync_folder(self, path: Path) -> None:
         self._tick()
         if self.skipped != "sync_folder":
-            self.names.pop(path.stat().st_ino, None)
+            inode = path.stat().st_ino
+            self.changes = {key: undos for key, undos in self.changes.items() if key[0] != inode}
 
     def replace(self, source: Path, target: Path) -> None:
         self._tick()
@@ -560,13 +562,13 @@ class VolatileDisk(saving.Disk):
             if kept is not None:
                 os.rename(kept, folder / target.name)
 
-        self._changed(target.parent, undo)
+        self._changed(target, undo)
 
     def remove(self, path: Path) -> None:
         if os.path.lexists(path):
             self._tick()
             kept = self._store(path)
-            self._changed(path.parent, lambda folder: os.rename(kept, folder / path.name))
+            self._changed(path, lambda folder: os.rename(kept, folder / path.name))
         else:
             raise FileNotFoundError(path)
 
@@ -575,7 +577,7 @@ class VolatileDisk(saving.Disk):
         for path in [p for top in (self.root, self.attic) for p in top.rglob("*") if p.is_file()]:
             if path.stat().st_ino in self.unsynced:
                 os.truncate(path, self.chance.randint(0, path.stat().st_size))
-        for inode, undos in self.names.items():
+        for (inode, _), undos in self.changes.items():
             kept = self.chance.randint(0, len(undos))
             for undo in reversed(undos[kept:]):
                 folder = next(
@@ -601,7 +603,8 @@ def survives_power_cuts(root: Path, monkeypatch: pytest.MonkeyPatch, skipped: st
     for seed in range(rounds):
         run = root / f"{skipped}-{seed}" / "run"
         save(run, 1, best=True)
-        disk = VolatileDisk(run, random.Random(seed), fail_at=seed % 70 + 1, skipped=skipped)
+        fail_at = seed % 50 + 1 if seed % 2 else 35 + seed // 2 % 13  # half of them around the rename
+        disk = VolatileDisk(run, random.Random(seed), fail_at, skipped=skipped)
         monkeypatch.setattr(saving, "disk", disk)
         returned = False
         with contextlib.suppress(PowerFailure):
@@ -630,12 +633,12 @@ def test_a_power_cut_after_the_first_save_of_a_run_leaves_it(tmp_path: Path, mon
 
 
 def test_a_power_cut_at_any_call_leaves_the_last_complete_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert survives_power_cuts(tmp_path, monkeypatch, None, rounds=140)
+    assert survives_power_cuts(tmp_path, monkeypatch, None, rounds=400)
 
 
 @pytest.mark.parametrize("skipped", ["sync", "sync_folder"])
 def test_the_power_cut_test_notices_a_missing_sync(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, skipped: str):
-    assert not survives_power_cuts(tmp_path, monkeypatch, skipped, rounds=140)
+    assert not survives_power_cuts(tmp_path, monkeypatch, skipped, rounds=400)
 
 
 # Files that nobody vouches for.
@@ -663,19 +666,34 @@ def forge_header(path: Path, change: Callable[[dict], object], which: str = "mod
 
 
 def refused_quickly(path: Path) -> str:
-    """Loading raises our own error within a second. → its message"""
-    started = time.perf_counter()
+    """Loading raises our own error within a second of work, and without waiting. → its message"""
+    started = time.process_time(), time.perf_counter()
     with pytest.raises(KestrelError) as caught:
         load(path)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started[0] < 1
+    assert time.perf_counter() - started[1] < 8  # the machine may be busy
     return str(caught.value)
+
+
+@contextlib.contextmanager
+def at_most_more_memory(more: int) -> Iterator[None]:
+    """Allocations that take this process `more` bytes above what it has now fail, where the system can do that."""
+    if not Path("/proc/self/statm").exists():
+        yield
+        return
+    now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (now + more, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def test_any_flipped_bit_and_any_other_length_is_noticed(tmp_path: Path):
     path = save(tmp_path, 5)
     chance = random.Random(0)
     files = {name: (path / name).read_bytes() for name in names(path)}
-    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for number in range(420):
         name = chance.choice(sorted(files))
         content, kind = bytearray(files[name]), ("flip", "cut", "grow")[number % 6 // 2]
@@ -686,10 +704,9 @@ def test_any_flipped_bit_and_any_other_length_is_noticed(tmp_path: Path):
         else:
             content[chance.randrange(len(content) + 1) : 0] = chance.randbytes(chance.choice([1, 8, 1000]))
         (path / name).write_bytes(content)
-        assert name in refused_quickly(path)
+        with at_most_more_memory(200 << 20):
+            assert name in refused_quickly(path)
         (path / name).write_bytes(files[name])
-    grown_mib = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started) / 1024
-    assert grown_mib < 200
     assert load(path) == 5
 
 
@@ -705,10 +722,10 @@ def test_forged_files_with_a_fitting_manifest_are_refused(tmp_path: Path):
         content[start : start + chance.choice([0, 1, 5])] = chance.randbytes(chance.choice([1, 2, 8]))
         (path / name).write_bytes(content)
         reseal(path)
-        started = time.perf_counter()
-        with contextlib.suppress(KestrelError, AssertionError):  # AssertionError: sound, but not what was saved
-            load(path)
-        assert time.perf_counter() - started < 1
+        started = time.process_time()
+        with contextlib.suppress(KestrelError, AssertionError), at_most_more_memory(200 << 20):
+            load(path)  # AssertionError: sound, but not what was saved
+        assert time.process_time() - started < 1
         (path / name).write_bytes(files[name])
     reseal(path)
     assert load(path) == 5
@@ -748,7 +765,7 @@ def test_a_wrong_header_is_refused_before_anything_is_allocated(
         checkpoint.load_tensors(path, "model", spec)
 
 
-@pytest.mark.parametrize("length", [0, 1, 10**6, 4 << 20, 10**15, 2**64 - 1])
+@pytest.mark.parametrize("length", [0, 1, 10**6, 1 << 20, 10**15, 2**64 - 1])
 def test_a_wrong_header_length_is_refused(tmp_path: Path, length: int):
     path = save(tmp_path, 5)
     content = (path / "model.safetensors").read_bytes()
@@ -767,14 +784,14 @@ def test_a_stub_of_a_tensor_file_is_refused(tmp_path: Path, content: bytes):
 
 def test_a_huge_header_costs_neither_time_nor_memory(tmp_path: Path):
     path = save(tmp_path, 5)
-    started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    forge_header(path, lambda h: h.update({f"x{i}": {"shape": [[]] * 20} for i in range(30_000)}))
-    assert (path / "model.safetensors").stat().st_size > 2 << 20
-    assert "30000 tensors are unexpected" in refused_quickly(path)
+    forge_header(path, lambda h: h.update({f"x{i}": {"shape": [[]] * 20} for i in range(10_000)}))
+    assert (path / "model.safetensors").stat().st_size > 900_000
+    with at_most_more_memory(200 << 20):
+        assert "10000 tensors are unexpected" in refused_quickly(path)
     (path / "model.safetensors").write_bytes((100 << 20).to_bytes(8, "little") + bytes(101 << 20))
     reseal(path)
-    assert "claims 104857600 bytes" in refused_quickly(path)
-    assert (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - started) / 1024 < 450  # our own forging takes 200
+    with at_most_more_memory(50 << 20):
+        assert "claims 104857600 bytes" in refused_quickly(path)
 
 
 @pytest.mark.parametrize("name", ["state.json", "config.json"])
