@@ -1,0 +1,288 @@
+"""The command: any prompt as typed, every mistake one line, everything about the model from its checkpoint."""
+
+import dataclasses
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+import infer
+from config import InferConfig, compose, run_command
+from errors import KestrelError
+from inference.sampling import SamplingConfig
+from model import LanguageModel, config_to_dict
+from tests.inference.scripted import BOS, BYTES, END
+from tests.model.tiny import NANOCHAT_2026, awake, llama, nanochat
+
+ROOT = Path(__file__).parent.parent.parent
+CONTEXT = 3000  # takes a while to fill, so that there is time to interrupt
+
+
+def babbler(model_config, seed: int = 0) -> LanguageModel:
+    """A model that talks nonsense without end: the tokens to stop at never get among the likeliest."""
+    model = awake(model_config, vocab_size=BYTES.vocab_size, seed=seed)
+    with torch.no_grad():
+        model.head_weight[[BOS, END]] = 0.0
+    return model
+
+
+def save_run(run_dir: Path, model_config, *, step: int = 7, seed: int = 0, hardware=None, **changes) -> Path:
+    """A run as training leaves it."""
+    model = babbler(model_config, seed)
+    config = {"model": config_to_dict(model_config) | changes, "hardware": hardware or {"dtype": "auto"}}
+    return checkpoint.save(
+        run_dir,
+        step,
+        model=model.state_dict(),
+        optimizer={},
+        state=checkpoint.TrainState(step=step).to_json(),
+        config=config,
+        tokenizer_json=BYTES.to_json(),
+    )
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Path:
+    """Two runs, the second of which is the newest."""
+    folder = tmp_path_factory.mktemp("runs")
+    save_run(folder / "older", llama(), step=3)
+    save_run(folder / "newer, (with) 'quotes'", nanochat(sequence_len=CONTEXT, **NANOCHAT_2026))
+    return folder
+
+
+def config_for(*overrides: str, **raw) -> InferConfig:
+    config = compose("infer", ["hardware.device=cpu", *overrides])
+    return dataclasses.replace(config, **{key: str(value) for key, value in raw.items()})
+
+
+def typed(monkeypatch, *argv: str) -> InferConfig:
+    """The config that a command line arrives as."""
+    seen = []
+    monkeypatch.setattr(sys, "argv", ["infer.py", *argv])
+    run_command("infer", seen.append, raw_keys=infer.RAW_KEYS)
+    return seen[0]
+
+
+# The command line.
+
+AWKWARD = [
+    "",
+    " ",
+    "  both ends  ",
+    "commas, and, more",
+    'it\'s "quoted" `so`',
+    "(round [square {curly",
+    "round) square] curly}",
+    "colon: semicolon; equals = == =",
+    "line\nbreak\n\n\ttab",
+    "${interpolation} $HOME ${",
+    "back\\slash \\n \\",
+    "+plus ~tilde -dash --dash !bang #hash @at %percent ^caret &and *star |pipe <less >more ?",
+    "null",
+    "true",
+    "[1,2]",
+    "key=value",
+    "prompt=prompt",
+    "--help",
+    "Ünïcödé, Привет, 日本語, 🦊👩‍👩‍👧, ע",
+    "<|bos|> is text",
+    "x" * 5000,
+]
+
+
+@pytest.mark.parametrize("prompt", AWKWARD, ids=lambda prompt: repr(prompt[:20]))
+def test_a_prompt_arrives_as_typed(prompt, monkeypatch):
+    config = typed(monkeypatch, f"prompt={prompt}", "top_k=3")
+    assert config.prompt == prompt
+    assert config.top_k == 3
+
+
+def test_paths_arrive_as_typed(monkeypatch):
+    config = typed(monkeypatch, "ckpt=runs/a, (b)=[c] é", "runs_dir=my runs, old")
+    assert (config.ckpt, config.runs_dir) == ("runs/a, (b)=[c] é", "my runs, old")
+
+
+def test_the_yaml_says_what_the_defaults_of_the_code_are():
+    config = compose("infer")
+    for field in dataclasses.fields(SamplingConfig):
+        assert getattr(config, field.name) == field.default, field.name
+    assert (config.prompt, config.ckpt, config.stream) == (None, None, True)
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        (["temprature=1"], ["temprature", "temperature"]),
+        (["temperature=hot"], ["temperature", "hot"]),
+        (["temperature=-1"], ["temperature", "-1"]),
+        (["top_p=0"], ["top_p", "0"]),
+        (["top_k=1.5"], ["top_k", "1.5"]),
+        (["max_new_tokens=0"], ["max_new_tokens", "0"]),
+        (["num_samples=0"], ["num_samples", "0"]),
+        (["seed=-2"], ["seed", "-2"]),
+        (["repetition_penalty=0"], ["repetition_penalty", "0"]),
+        (["stream=maybe"], ["stream", "maybe"]),
+        (["hardware.dtype=fp8"], ["hardware.dtype", "fp8"]),
+        (["kernels=cuda"], ["cuda", "torch", "triton"]),
+        (["model=d6"], ["model"]),
+        (["runs_dir=/no/such/folder"], ["/no/such/folder", "train.py", "ckpt="]),
+        (["ckpt=/no/such/run"], ["/no/such/run", "does not exist"]),
+        (["ckpt="], ["ckpt"]),
+        (["hardware.compile=true"], ["hardware.compile", "training"]),
+        (["hardware.device_batch_size=4"], ["hardware.device_batch_size", "num_samples"]),
+    ],
+    ids=lambda value: value[0],
+)
+def test_a_mistake_is_one_line_and_status_2(argv, says, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py", *argv])
+    with pytest.raises(SystemExit) as stopped:
+        run_command("infer", infer.main, raw_keys=infer.RAW_KEYS)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert all(word in err for word in says), err
+
+
+def test_torchrun_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(KestrelError, match="torchrun"):
+        infer.main(config_for())
+
+
+# What comes from the checkpoint.
+
+
+def test_the_newest_run_is_found_and_another_can_be_named(runs, capsys):
+    for named, says in (
+        ({"runs_dir": runs}, "step 7, nanochat"),
+        ({"ckpt": runs / "older"}, "step 3, llama"),
+        ({"ckpt": runs / "older" / "checkpoints" / "step-00000003"}, "step 3, llama"),
+        ({"ckpt": runs / "newer, (with) 'quotes'"}, "step 7, nanochat"),
+    ):
+        infer.main(config_for("max_new_tokens=2", prompt="a", **named))
+        out, err = capsys.readouterr()
+        assert out.startswith("a")
+        assert says in err
+        assert "cpu, float32, kernels: all torch" in err
+
+
+@pytest.mark.parametrize(
+    "model_config", [nanochat(**NANOCHAT_2026), llama(tied=True, n_kv_head=1)], ids=["2026", "llama"]
+)
+def test_a_loaded_model_computes_what_was_saved(model_config, tmp_path):
+    save_run(tmp_path / "run", model_config, seed=5)
+    row = torch.randint(BYTES.vocab_size, (2, 40))
+    loaded = infer.load_engine(config_for(ckpt=tmp_path / "run")).model
+    assert loaded.config == model_config
+    with torch.no_grad():
+        assert loaded(row).equal(babbler(model_config, seed=5)(row))
+
+
+def test_dtype_is_that_of_the_run_unless_asked_otherwise(tmp_path, capsys):
+    for trained, asked, got in (
+        ("auto", "auto", torch.float32),
+        ("bfloat16", "auto", torch.bfloat16),
+        ("bfloat16", "float32", torch.float32),
+        ("float16", "auto", torch.float32),  # a CPU does not compute in it
+    ):
+        save_run(tmp_path / f"{trained}-{asked}", llama(), hardware={"dtype": trained})
+        engine = infer.load_engine(config_for(f"hardware.dtype={asked}", ckpt=tmp_path / f"{trained}-{asked}"))
+        assert engine.model.dtype == got
+        assert {p.dtype for p in engine.model.parameters() if p.dim() == 2} == {got}
+        assert f"cpu, {str(got).removeprefix('torch.')}," in capsys.readouterr().err
+
+
+def test_a_config_that_is_not_ours_is_refused(tmp_path):
+    for name, changes, says in (
+        ("key", {"__reduce__": "os.system"}, "__reduce__"),
+        ("family", {"family": "os.system"}, "os.system"),
+        ("type", {"n_embd": "24"}, "n_embd"),
+        ("shape", {"n_embd": 48}, "does not fit"),
+    ):
+        save_run(tmp_path / name, llama(), **changes)
+        with pytest.raises(KestrelError, match=says):
+            infer.load_engine(config_for(ckpt=tmp_path / name))
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["max_new_tokens=5", "temperature=0", "temperature=2", "top_k=2", "top_p=0.3", "repetition_penalty=9", "seed=1"],
+)
+def test_every_sampling_key_changes_the_story(override, runs, capsys):
+    stories = []
+    for overrides in (["max_new_tokens=60"], ["max_new_tokens=60", override]):
+        infer.main(config_for(*overrides, runs_dir=runs, prompt="The "))
+        stories.append(capsys.readouterr().out)
+    assert stories[0] != stories[1]
+
+
+def test_the_same_command_tells_the_same_story_streamed_or_not(runs, capsys):
+    stories = []
+    for stream in ("true", "true", "false"):
+        infer.main(config_for("max_new_tokens=60", f"stream={stream}", "num_samples=2", runs_dir=runs, prompt="The "))
+        stories.append(capsys.readouterr().out)
+    assert stories[0] == stories[1] == stories[2]
+
+
+def test_kernels_are_chosen_by_name(runs, capsys):
+    infer.main(config_for("max_new_tokens=2", "kernels.rmsnorm=torch", runs_dir=runs, prompt="a"))
+    assert "kernels: all torch" in capsys.readouterr().err
+    with pytest.raises(KestrelError, match="kernels=nothing"):
+        infer.main(config_for("kernels.rmsnorm=nothing", runs_dir=runs, prompt="a"))
+
+
+# The process itself.
+
+
+def start(runs: Path, *argv: str, **options) -> subprocess.Popen:
+    command = [sys.executable, ROOT / "infer.py", f"runs_dir={runs}", "hardware.device=cpu", *argv]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, **{"stdout": pipe, "stderr": pipe, "stdin": subprocess.DEVNULL, **options})
+
+
+def test_a_story_streams_out_of_the_process_and_ctrl_c_ends_it_politely(runs):
+    prompt = 'Said "he", it\'s (é) = ${x}: \n🦊'
+    process = start(runs, f"prompt={prompt}", f"max_new_tokens={CONTEXT - 100}", "temperature=1")
+    told = process.stdout.read(len(prompt.encode()) + 10)
+    assert process.poll() is None, "it had finished before anything could be read"
+    process.send_signal(signal.SIGINT)
+    rest, err = process.communicate(timeout=30)
+    assert told.startswith(prompt.encode())
+    assert rest.endswith(b"\n")
+    assert process.returncode == 130
+    assert b"Traceback" not in err
+    assert err.strip().endswith(b"interrupted")
+    assert int(err.splitlines()[-1].split()[0]) < CONTEXT - 100
+
+
+def test_ctrl_c_while_it_starts_is_quiet(runs):
+    command = [sys.executable, "-X", "importtime", ROOT / "infer.py"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, stdin=subprocess.DEVNULL)
+    while b" dataclasses\n" not in process.stderr.readline():  # the first of the imports, PyTorch is yet to come
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+    assert b" hydra" not in err, "it was past its imports"
+
+
+def test_a_reader_that_leaves_is_no_error(runs):
+    process = start(runs, "prompt=Once", f"max_new_tokens={CONTEXT - 100}", "temperature=1")
+    assert process.stdout.read(6).startswith(b"Once")
+    process.stdout.close()
+    assert process.wait(timeout=30) == 0
+    assert process.stderr.read().count(b"\n") == 1  # the line that says which model it is
+    process.stderr.close()
+
+
+def test_piped_text_is_continued_and_only_the_story_is_on_stdout(runs):
+    process = start(runs, "max_new_tokens=3", "temperature=0", stdin=subprocess.PIPE)
+    out, err = process.communicate("Once, é".encode() + b"\n", timeout=30)
+    assert process.returncode == 0, err
+    assert out.startswith("Once, é".encode())
+    assert b"tokens/s" in err
+    assert b"tokens/s" not in out
