@@ -24,7 +24,16 @@ from tokenizers import Tokenizer as Trainer
 
 from data.bpe import BYTE_OF_LETTER, BYTES, SPLIT_PATTERN, learn_byte_pairs
 from data.published import PUBLISHED, RankFile, cache_folder, published_tokens
-from data.tokenizer import FIXED_VOCAB, PATTERNS, SPECIALS, Tokenizer, TokenizerConfig, load_tokenizer, train_tokenizer
+from data.tokenizer import (
+    FIXED_VOCAB,
+    PATTERNS,
+    SPECIALS,
+    Tokenizer,
+    TokenizerConfig,
+    load_tokenizer,
+    tokenizer_from_json,
+    train_tokenizer,
+)
 from errors import KestrelError
 
 STORY = "Once upon a time there was a little falcon. The falcon wasn't big, but she'd fly; she flew 1234 miles!\n\n"
@@ -372,6 +381,24 @@ def test_a_saved_tokenizer_is_the_same_when_loaded(tokenizer, tmp_path, document
         assert loaded.token_bytes.tolist() == tokenizer.token_bytes.tolist()
     assert all(loaded.encode(text) == tokenizer.encode(text) for text in documents)
     assert [entry.name for entry in path.parent.iterdir()] == ["tokenizer.json"]
+
+
+@kinds
+def test_a_tokenizer_is_the_same_when_read_from_its_json(tokenizer):
+    assert tokenizer_from_json(tokenizer.to_json()).hash == tokenizer.hash
+
+
+def test_changed_json_is_refused_or_gives_exactly_what_it_says():
+    """The JSON carries no checksum of its own: what holds it checks it. But nothing in it may be ignored."""
+    text, rng = learn_from([STORY * 3], vocab_size=300).to_json(), random.Random(0)
+    for position in rng.sample(range(len(text)), 300):
+        changed = text[:position] + chr(ord(text[position]) ^ 1 << rng.randrange(7)) + text[position + 1 :]
+        try:
+            assert tokenizer_from_json(changed).to_json() == changed
+        except KestrelError as error:
+            assert str(error).startswith("cannot use this tokenizer")
+        with pytest.raises(KestrelError, match="cannot use this tokenizer"):
+            tokenizer_from_json(text[:position])
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
