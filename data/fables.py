@@ -114,20 +114,23 @@ def _read_kinds() -> dict[str, Kind]:
     return kinds
 
 
-def _read_wishes() -> dict[str, list[list[Word]]]:
-    """Table → what can be wished for, each with the variants of which a story takes one."""
-    wishes = {}
-    for table, text in words.THINGS.items():
+def _read_things() -> dict[str, list[list[Word]]]:
+    """Group → what can be wished for, each with the variants of which a story takes one."""
+    things = {}
+    for group, text in words.THINGS.items():
         rows = [(noun, adjectives.split()) for noun, adjectives in _rows(text)]
-        wishes[table] = [[Word(f"{adjective} {noun}", noun=noun) for adjective in some] for noun, some in rows]
-    for table, text in words.THEMES.items():
-        (_, *columns), *rows = _rows(text)
-        wishes[table] = [[Word(wish, **dict(zip(columns, cells)))] for wish, *cells in rows]
-    return wishes
+        things[group] = [[Word(f"{adjective} {noun}", noun=noun) for adjective in some] for noun, some in rows]
+    return things
+
+
+def _read_theme(table: str) -> list[list[Word]]:
+    """A table of wishes from the plots file: its first row names the columns, which become forms of the wish."""
+    (_, *columns), *rows = _rows(table)
+    return [[Word(wish, **dict(zip(columns, cells)))] for wish, *cells in rows]
 
 
 KINDS = _read_kinds()
-WISHES = _read_wishes()
+THINGS = _read_things()
 LANDS = [Word(name, **{"in": where, "walk": walk}) for name, where, walk in _rows(words.LANDS)]
 PLACES, TREES, TRAITS, KIN = (
     [Word(text) for text in texts] for texts in (words.PLACES, words.TREES, words.TRAITS, words.KIN)
@@ -187,12 +190,13 @@ class Plot:
     heroes: list[Kind]
     roles: dict[str, list[Kind]]
     wishes: list[list[Word]]
-    gifts: list[list[Word]]
+    gifts: dict[str, list[list[Word]]]
     seasons: list[Season]
     beats: list[Beat]
 
 
-ROLES = ("friend", "third", "fourth", "fifth")
+ROLES = ("friend", "third", "fourth")
+GIFTS = ("gift", "extra")
 PARAGRAPH = Beat([])
 
 
@@ -204,16 +208,18 @@ def _compile(line: str) -> Line:
 def _read_section(body: str) -> tuple[dict[str, str], list[Beat | str]]:
     """Header and beats of a section of the plots file; a name stands where a shared beat belongs."""
     header, beats = {}, []
-    for mark, group in itertools.groupby(body.splitlines(), key=lambda line: line.partition(" ")[0]):
-        lines = [line.partition(" ")[2] for line in group]
+    for line in body.splitlines():
+        mark, _, rest = line.partition(" ")
         if mark in ("-", "?"):
-            beats.append(Beat([_compile(line) for line in lines], optional=mark == "?"))
+            beats.append(Beat([_compile(rest)], optional=mark == "?"))
+        elif mark == "|":
+            beats[-1].lines.append(_compile(rest))
         elif mark == "/":
             beats.append(PARAGRAPH)
         elif mark.startswith("@"):
             beats.append(mark)
         elif mark:
-            header[mark.removesuffix(":")] = lines[0]
+            header[mark.removesuffix(":")] = rest
     return header, beats
 
 
@@ -234,38 +240,51 @@ def _is(kind: Kind, term: str) -> bool:
     child, rogue = kind.limbs == "hands", kind.name in ("wolf", "weasel")
     if term in ("any", "animal", "child"):
         return "thing" not in kind.skills and not rogue and term in ("any", "child" if child else "animal")
-    return term in kind.skills
+    return term in kind.skills or term == kind.limbs
 
 
 @functools.cache
 def plots() -> dict[str, list[Plot]]:
     """Every plot by its name, once with each obstacle it can be told with."""
-    sections = re.findall(r"^== (.+)\n((?:(?!== ).*\n)*)", PLOTS_FILE.read_text(encoding="utf-8"), re.MULTILINE)
-    read = {title: _read_section(body) for title, body in sections}
-    shared = {f"@{title.split()[1]}": beats[0] for title, (_, beats) in read.items() if title.startswith("shared ")}
-    obstacles = {title.split()[1]: section for title, section in read.items() if title.startswith("obstacle ")}
+    parts: dict[str, dict[str, str]] = {"plot": {}, "shared": {}, "obstacle": {}, "theme": {}}
+    text = PLOTS_FILE.read_text(encoding="utf-8")
+    for part, name, body in re.findall(r"^== (\w+) (.+)\n((?:(?!== ).*\n)*)", text, re.MULTILINE):
+        parts[part][name] = body.strip()
+    wishes = {**THINGS, **{name: _read_theme(body) for name, body in parts["theme"].items()}}
+    shared = {f"@{name}": _read_section(body)[1][0] for name, body in parts["shared"].items()}
+    obstacles = {name: _read_section(body) for name, body in parts["obstacle"].items()}
     found = {}
-    for title, (header, beats) in read.items():
-        if not title.startswith(("shared ", "obstacle ")):
-            names = header.get("obstacle", "").replace("all", " ".join(obstacles)).split() or [""]
-            found[title] = [_plot(title, header, beats, name, shared, obstacles) for name in names]
+    for name, body in parts["plot"].items():
+        header, beats = _read_section(body)
+        wanted = header.pop("obstacle", "").replace("all", " ".join(obstacles)).split()
+        found[name] = [_plot(name, obstacle, header, beats, obstacles[obstacle], shared, wishes) for obstacle in wanted]
+        if not wanted:
+            found[name] = [_plot(name, "", header, beats, ({}, []), shared, wishes)]
     return found
 
 
-def _plot(title, header, beats, obstacle, shared, obstacles) -> Plot:  # noqa: ANN001
-    extra, parts = obstacles.get(obstacle, ({}, []))
+def _plot(
+    name: str,
+    obstacle: str,
+    header: dict[str, str],
+    beats: list[Beat | str],
+    hindrance: tuple[dict[str, str], list[Beat | str]],
+    shared: dict[str, Beat],
+    wishes: dict[str, list[list[Word]]],
+) -> Plot:
+    extra, parts = hindrance
     known = {**shared, **dict(zip(parts[::2], parts[1::2]))}
     heroes = _who(f"{header.get('hero', 'any')} {extra.get('hero', '')}")
-    # girls and boys are two kinds among many, but half of what one expects of a story
+    # girls and boys are two kinds among many, but a good part of what one expects of a story
     heroes = [kind for kind in heroes if kind.may_be_hero for _ in range(3 if kind.limbs == "hands" else 1)]
     return Plot(
-        name=title,
+        name=name,
         obstacle=obstacle,
         heroes=heroes,
         roles={role: _who(header.get(role) or extra.get(role) or "animal") for role in ROLES},
-        wishes=WISHES[header["wish"]],
-        gifts=WISHES[header.get("gift", "keepsake")],
-        seasons=[SEASONS[name] for name in header.get("season", " ".join(SEASONS)).split()],
+        wishes=wishes[header["wish"]],
+        gifts={gift: wishes[header.get(gift, "keepsake")] for gift in GIFTS},
+        seasons=[SEASONS[season] for season in header.get("season", " ".join(SEASONS)).split()],
         beats=[known[beat] if isinstance(beat, str) else beat for beat in beats],
     )
 
@@ -314,7 +333,8 @@ def _cast(plot: Plot, split: str, dice: Dice) -> dict[str, Any]:
     hero = character(name, kind, pronoun)
     cast = {"hero": hero, **{form: getattr(hero, form) for he in PRONOUNS["it"] for form in (he, capital(he))}}
     cast["wish"] = dice.pick(wishes)
-    cast["gift"] = _other(plot.gifts, {cast["wish"].noun}, dice)
+    for gift, things in plot.gifts.items():
+        cast[gift] = _other(things, [cast["wish"], *(cast[name] for name in GIFTS if name in cast)], dice)
     cast["friend"] = _friend(plot.roles["friend"], kind, pronoun, dice)
     taken = {kind.name, cast["friend"].kind}
     for role in ROLES[1:]:
@@ -336,8 +356,9 @@ def _cast(plot: Plot, split: str, dice: Dice) -> dict[str, Any]:
 BYSTANDERS = {name: Word(name) for name in KINDS}
 
 
-def _other(things: list[list[Word]], taken: set[str], dice: Dice) -> Word:
-    return dice.pick(dice.pick([some for some in things if some[0].noun not in taken]))
+def _other(things: list[list[Word]], taken: list[Word], dice: Dice) -> Word:
+    nouns = {word.noun for word in taken}
+    return dice.pick(dice.pick([some for some in things if some[0].noun not in nouns]))
 
 
 def _friend(kinds: list[Kind], hero: Kind, pronoun: str, dice: Dice) -> Word:
