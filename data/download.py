@@ -1,8 +1,8 @@
 """Fetching files from the network: the only place that opens a connection (`datasets` opens its own).
 
-A download goes to `<file>.tmp`, is taken up where it stopped when tried again (HTTP Range), checked, flushed to the disk
-and renamed into place, so that a file under its own name is whole. Before anything else a short look whether the host
-answers at all: without a network the answer must come within seconds, not after the time-outs of DNS and of retries.
+A download goes to `<file>.tmp`, is taken up where it stopped when tried again (HTTP Range), checked, flushed to the
+disk and renamed into place, so that a file under its own name is whole. Before anything else comes a short look whether
+the host answers at all: without a network the error must come in seconds, not after the time-outs of DNS and retries.
 """
 
 import errno

@@ -1,4 +1,4 @@
-"""Writing files so that a reader sees a whole one or none, and so that two writers do not fight: what the caches stand on.
+"""Writing files so that a reader sees a whole one or none, and two writers do not fight: what the caches stand on.
 
 A file or folder is written under a temporary name beside its place, flushed to the disk, and renamed into place. The
 lock is the operating system's (flock): it goes away with the process that holds it, even when that is killed.
@@ -16,7 +16,7 @@ except ImportError:  # Windows has no flock: two writers there may both do the w
 
 
 def default_cache_dir(configured: str | None = None) -> Path:
-    """Where downloads and token shards live: `configured`, $KESTREL_CACHE, $XDG_CACHE_HOME/kestrel or ~/.cache/kestrel."""
+    """Where caches live: `configured`, $KESTREL_CACHE, $XDG_CACHE_HOME/kestrel or ~/.cache/kestrel."""
     if configured or os.environ.get("KESTREL_CACHE"):
         return Path(configured or os.environ["KESTREL_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kestrel"

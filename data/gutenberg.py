@@ -1,6 +1,6 @@
 """Taking Project Gutenberg's own words off a book: the header before it, and the end mark and licence after it.
 
-Thirty years of files begin and end in many ways: `*** START OF THE PROJECT GUTENBERG EBOOK …`, `*END*THE SMALL PRINT! …`,
+Thirty years of files begin and end in many ways: `*** START OF THE PROJECT GUTENBERG EBOOK …`, `*END*THE SMALL PRINT`,
 `End of Project Gutenberg's …`. A mark counts only where headers and footers are, so that a text without them, or a
 character who mentions one, stays whole.
 """

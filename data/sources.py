@@ -140,7 +140,7 @@ class Source(Protocol):
 
 
 def open_source(config: DataConfig) -> Source:
-    """The documents that a config describes; fetches what is not in the cache yet, or says within 5 s that it cannot."""
+    """The documents that a config describes; fetches what is missing, or says within 5 s that it cannot."""
     if config.files:
         return _from_files(config, find_files(config.files))
     if isinstance(config, FablesConfig):
@@ -270,8 +270,8 @@ def _from_files(config: DataConfig, files: list[Path]) -> FilesSource:
         train_files, val_files = files[:-1], files[-1:]
     if not train_files:
         raise KestrelError(
-            f"data.files={','.join(config.files)}: nothing is left to train on, {val_files[0].name} being for validation; "
-            "give at least one more file"
+            f"data.files={','.join(config.files)}: nothing is left to train on, "
+            f"{val_files[0].name} being for validation; give at least one more file"
         )
     is_book = isinstance(config, BookConfig)
     clean = strip_gutenberg if is_book else None
@@ -297,7 +297,7 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------------ from the network
+# ----------------------------------------------------------------------------------------------------- from the network
 
 
 def source_folder(config: DataConfig) -> Path:

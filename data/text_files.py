@@ -19,6 +19,7 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import BinaryIO
 
@@ -34,7 +35,7 @@ _reported: set[tuple[Path, int]] = set()  # files whose bad bytes have been told
 
 
 def find_files(patterns: list[str], key: str = "data.files") -> list[Path]:
-    """The files that paths, folders and globs name: sorted within each, no file twice; KestrelError where there is none."""
+    """The files that paths, folders and globs name, sorted within each, none twice; KestrelError where there is none."""
     found = [path for pattern in patterns for path in _matches(pattern, key)]
     return list(dict.fromkeys(found))
 
@@ -68,7 +69,7 @@ def is_validation(path: Path) -> bool:
 
 
 def read_documents(path: Path, column: str) -> Iterator[str]:
-    """The documents of one file in their order; KestrelError, naming the file, for one that cannot be read as its kind."""
+    """The documents of one file in their order; KestrelError, naming it, for a file that cannot be read as its kind."""
     try:
         yield from (document for document in _raw_documents(path, column) if not _is_blank(document))
     except (OSError, EOFError, zlib.error) as error:
@@ -131,19 +132,25 @@ def _report_invalid(path: Path, invalid: int) -> None:
 
 
 def _split_documents(blocks: Iterator[str]) -> Iterator[str]:
-    """Cut at lines holding only SEPARATOR (blanks around it allowed), and where a document reaches MAX_DOCUMENT."""
-    line = re.compile(rf"\n[ \t]*{re.escape(SEPARATOR)}[ \t]*(?=\n)")
-    pending = "\n"  # so that a separator in the first line has a line end before it
-    for block in blocks:
+    """Cut after lines that begin with SEPARATOR and hold nothing else, and where a document reaches MAX_DOCUMENT.
+
+    Empty lines beside a separator belong to neither document; a text without separators is handed on to the letter.
+    """
+    line = re.compile(rf"{re.escape(SEPARATOR)}[ \t]*\n")
+    pending, edges = "", ""  # pending always begins where a line does
+    for block in chain(blocks, "\n"):  # one line end more, for a separator that ends the file without
         pending += block
-        *documents, pending = line.split(pending)
-        for document in documents:
-            yield document.strip("\n")
-        while len(pending) > MAX_DOCUMENT:  # at a line end, which the rest keeps: a separator may follow
-            cut = max(pending.rfind("\n", 0, MAX_DOCUMENT), 0) or MAX_DOCUMENT
-            yield pending[:cut].strip("\n")
+        start = 0
+        for match in line.finditer(pending) if SEPARATOR in pending else ():
+            if match.start() == 0 or pending[match.start() - 1] == "\n":
+                yield pending[start : match.start()].strip("\n")
+                start, edges = match.end(), "\n"
+        pending = pending[start:]
+        while len(pending) > MAX_DOCUMENT:
+            cut = pending.rfind("\n", 0, MAX_DOCUMENT) + 1 or MAX_DOCUMENT
+            yield pending[:cut]
             pending = pending[cut:]
-    yield from (document.strip("\n") for document in line.split(pending + "\n"))
+    yield pending.strip(edges) if edges else pending.removesuffix("\n")
 
 
 def _json_lines(path: Path, column: str) -> Iterator[str]:
