@@ -22,6 +22,14 @@ ROOT = Path(__file__).parent.parent.parent
 CONTEXT = 3000  # takes a while to fill, so that there is time to interrupt
 
 
+@pytest.fixture(autouse=True)
+def same_threads():
+    """infer.py sets the number of threads of its process, which here is ours."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 def babbler(model_config, seed: int = 0) -> LanguageModel:
     """A model that talks nonsense without end: the tokens to stop at never get among the likeliest."""
     model = awake(model_config, vocab_size=BYTES.vocab_size, seed=seed)
@@ -193,6 +201,12 @@ def test_dtype_is_that_of_the_run_unless_asked_otherwise(tmp_path, capsys):
         assert engine.model.dtype == got
         assert {p.dtype for p in engine.model.parameters() if p.dim() == 2} == {got}
         assert f"cpu, {str(got).removeprefix('torch.')}," in capsys.readouterr().err
+
+
+def test_a_small_model_takes_one_thread_unless_asked_otherwise(runs):
+    for overrides, threads in (([], 1), (["hardware.threads=2"], 2)):
+        infer.load_engine(config_for(*overrides, runs_dir=runs))
+        assert torch.get_num_threads() == threads
 
 
 def test_a_config_that_is_not_ours_is_refused(tmp_path):
