@@ -104,7 +104,8 @@ def with_dtype_of(saved: Checkpoint, hardware: HardwareConfig) -> HardwareConfig
 def load_model(saved: Checkpoint, vocab_size: int, ops: Ops, device: Device) -> LanguageModel:
     """The checkpoint's model with its weights, ready to read."""
     model = build(config_from_dict(saved.config.get("model", {})), vocab_size, ops, device.dtype)
-    tensors = checkpoint.load_tensors(saved.path, "model", checkpoint.spec_of(model.state_dict()), device.device)
+    spec = checkpoint.spec_of(dict(model.named_parameters()))
+    tensors = checkpoint.load_tensors(saved.path, "model", spec, device.device)
     model.to_empty(device=device.device)
     model.load_state_dict(tensors)
     model.init_buffers()

@@ -199,21 +199,22 @@ class Stopwatch:
 def sample_text(
     model: LanguageModel, tokenizer: Tokenizer, prompts: list[str], *, max_new_tokens: int = 64, **sampling: float | int
 ) -> list[str]:
-    """Each prompt with its continuation, for the samples of a training run: greedy unless `sampling` says otherwise.
+    """How each prompt goes on, for the samples of a training run: greedy unless `sampling` says otherwise.
 
     A training run must not fail over a sample, so the continuation is as long as the context allows.
 
     sampling   further fields of SamplingConfig; with num_samples=n every prompt gives n texts
+    → the new text only, without the prompt
     """
     engine = Engine(model, tokenizer)
     settings = SamplingConfig(**{"temperature": 0.0, **sampling})
     texts = []
     for prompt in prompts:
-        ids = engine.encode(prompt)[: model.context_len - 1]
+        ids = engine.encode(prompt)[: max(1, model.context_len - 1)]
         n_new = min(max_new_tokens, model.context_len - len(ids))
         samples = [[] for _ in range(settings.num_samples)]
         for column in engine.columns(ids, n_new, settings):
             for tokens, token in zip(samples, column):
                 tokens += [] if token is None else [token]
-        texts += [prompt + tokenizer.decode(tokens) for tokens in samples]
+        texts += [tokenizer.decode(tokens) for tokens in samples]
     return texts

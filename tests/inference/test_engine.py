@@ -277,22 +277,23 @@ def test_sample_text_is_the_greedy_continuation_of_each_prompt():
     for prompt, text in zip(["Once", ""], texts):
         engine = Engine(model, BYTES)
         ids = generate_naive(engine, engine.encode(prompt), SamplingConfig(max_new_tokens=30, temperature=0))[0]
-        assert text == prompt + BYTES.decode(ids)
+        assert text == BYTES.decode(ids)
         assert len(ids) > 3
     assert texts == sample_text(model, BYTES, ["Once", ""], max_new_tokens=30)
 
 
 def test_sample_text_fits_itself_to_a_short_context():
     model = Scripted(b"x" * 200)
-    assert sample_text(model, BYTES, ["a" * 96], max_new_tokens=64) == ["a" * 96 + "xxx"]
+    assert sample_text(model, BYTES, ["a" * 96], max_new_tokens=64) == ["xxx"]
     model = Scripted(b"x" * 200)
     assert len(sample_text(model, BYTES, ["a" * 500])) == 1
 
 
 def test_sample_text_can_draw_several_samples():
     texts = sample_text(Scripted(), BYTES, ["a", "b"], max_new_tokens=9, num_samples=2, temperature=1.0, seed=3)
-    assert [text[0] for text in texts] == ["a", "a", "b", "b"]
+    assert len(texts) == 4
     assert texts[0] != texts[1]
+    assert texts[:2] == texts[2:]  # the script heeds no prompt, and the draws are those of samples 0 and 1 again
     with pytest.raises(KestrelError, match="temperature"):
         sample_text(Scripted(), BYTES, ["a"], temperature=-1)
 
