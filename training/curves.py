@@ -50,9 +50,9 @@ def draw(run_dir: Path) -> Path:
         loss.legend(loc="upper right")
         rate.plot(*xy(rows, "lr_mult"), color=GREY, linewidth=1.4)
         rate.set_title("learning rate, part of its peak")
-        rate.set(xlabel="step", ylim=(0, 1.08))
+        rate.set(xlabel="step", xlim=(0, None), ylim=(0, 1.08))
         _draw_validation(bpb, with_key(rows, "val_bpb"))
-        figure.suptitle(Path(run_dir).resolve().name, x=0.06, ha="left", fontweight="bold")
+        figure.suptitle(as_text(Path(run_dir).resolve().name), x=0.022, ha="left", fontweight="bold")
         return _save(figure, Path(run_dir) / CURVE)
 
 
@@ -83,7 +83,7 @@ def read_metrics(run_dir: Path) -> list[Row]:
 
 def with_key(rows: list[Row], key: str) -> list[Row]:
     """The rows that have a number under `key`."""
-    return [row for row in rows if row.get(key) is not None]
+    return [row for row in rows if type(row.get(key)) in (int, float)]
 
 
 def xy(rows: list[Row], key: str, x: str = "step") -> tuple[list[float], list[float]]:
@@ -95,7 +95,12 @@ def xy(rows: list[Row], key: str, x: str = "step") -> tuple[list[float], list[fl
 def distinct_names(run_dirs: Sequence[Path]) -> list[str]:
     """The runs' folder names; whole paths where two are called the same."""
     names = [Path(run_dir).resolve().name for run_dir in run_dirs]
-    return names if len(set(names)) == len(names) else [str(run_dir) for run_dir in run_dirs]
+    return [as_text(name) for name in (names if len(set(names)) == len(names) else map(str, run_dirs))]
+
+
+def as_text(name: str) -> str:
+    """A folder's name for matplotlib, to which dollars begin a formula."""
+    return name.replace("$", r"\$")
 
 
 def _placed(rows: list[Row], x: str) -> list[Row]:

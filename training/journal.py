@@ -34,7 +34,8 @@ class Journal:
         self._files = [open_for_lines(path), open_for_lines(twin)]
 
     def add(self, row: Row) -> None:
-        """Append a row to both files."""
+        """Append a row to both files; numbers that are not finite become null, so that the JSON stays JSON."""
+        row = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
         for file, text in zip(self._files, (to_line(row), self.render(row))):
             with naming_the_disk(Path(file.name)):
                 file.write(text)
@@ -68,9 +69,8 @@ def _row_or_none(line: str) -> Row | None:
 
 
 def to_line(row: Row) -> str:
-    """A row as strict JSON: numbers that are not finite become null."""
-    finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-    return json.dumps(finite, ensure_ascii=False) + "\n"
+    """A row as one line of JSON."""
+    return json.dumps(row, ensure_ascii=False) + "\n"
 
 
 def replace_text(path: Path, parts: Iterable[str]) -> None:
