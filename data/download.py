@@ -6,7 +6,6 @@ the host answers at all: without a network the error must come in seconds, not a
 """
 
 import errno
-import hashlib
 import os
 import threading
 import time
@@ -16,7 +15,7 @@ from collections.abc import Callable
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
-from data.files import publish
+from data.files import file_sha256, publish
 from errors import KestrelError
 
 PROBE_TIMEOUT_S = 4.0
@@ -141,9 +140,3 @@ def _check_content(url: str, temporary: Path, sha256: str | None, check: Callabl
         size = temporary.stat().st_size
         temporary.unlink()
         raise KestrelError(f"what came from {url} is not the expected file ({size} bytes of something else)")
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hex."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -50,8 +50,15 @@ class Rows(NamedTuple):
     take: np.ndarray  # [pieces] int64
     epoch: np.ndarray  # [pieces] int64
 
-    def __len__(self) -> int:
+    @property
+    def count(self) -> int:
+        """How many rows these are; `len` would be the number of fields."""
         return len(self.splits) - 1
+
+    def part(self, first: int, end: int) -> "Rows":
+        """Rows `first` to `end`."""
+        low, high = self.splits[first], self.splits[end]
+        return Rows(self.splits[first : end + 1] - low, *(column[low:high] for column in self[1:]))
 
 
 @dataclass(frozen=True)
@@ -150,9 +157,18 @@ def _to_rows(epochs: list[tuple[Epoch, int]], keys: list[int], takes: list[int],
     return Rows(np.array(splits, np.int64), document, begin, np.array(takes, np.int64), numbers)
 
 
+def join_rows(parts: list[Rows]) -> Rows:
+    """Several plans as one."""
+    if len(parts) == 1:
+        return parts[0]
+    ends = np.cumsum([0] + [part.splits[-1] for part in parts])
+    splits = [part.splits[1:] + end for part, end in zip(parts, ends)]
+    return Rows(np.concatenate([[0], *splits]), *(np.concatenate(columns) for columns in list(zip(*parts))[1:]))
+
+
 def shuffle_rows(rows: Rows, key: int) -> Rows:
     """The same rows in another order, which only `key` decides."""
-    order = shuffled(np.arange(len(rows)), len(rows), key)
+    order = shuffled(np.arange(rows.count), rows.count, key)
     counts = np.diff(rows.splits)[order]
     splits = np.concatenate([[0], np.cumsum(counts)])
     # piece p of the new order lies as far behind its row's new start as it lay behind the old one

@@ -35,7 +35,7 @@ _reported: set[tuple[Path, int]] = set()  # files whose bad bytes have been told
 
 
 def find_files(patterns: list[str], key: str = "data.files") -> list[Path]:
-    """The files that paths, folders and globs name, sorted within each, none twice; KestrelError where there is none."""
+    """The files that paths, folders and globs name, sorted within each, none twice; KestrelError if one names none."""
     found = [path for pattern in patterns for path in _matches(pattern, key)]
     return list(dict.fromkeys(found))
 
