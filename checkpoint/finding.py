@@ -47,15 +47,18 @@ def find_newest_run(runs_dir: Path) -> Path:
 
 
 def find(path: Path) -> Path:
-    """The checkpoint that `path` means: a checkpoint's own folder, or the newest of a run's."""
+    """The checkpoint that `path` means: its own folder, a pointer (…/checkpoints/best), or the newest of a run."""
     path = Path(path)
     if (path / MANIFEST).exists():
         return path
-    newest = latest(path.parent if path.name == "checkpoints" else path)
-    if newest is None:
-        what = "holds no complete checkpoint" if path.exists() else "does not exist"
+    if path.is_file() and path.name in ("latest", "best"):
+        found = (best if path.name == "best" else latest)(path.parent.parent)
+    else:
+        found = latest(path.parent if path.name == "checkpoints" else path)
+    if found is None:
+        what = "leads to no complete checkpoint" if path.exists() else "does not exist"
         raise KestrelError(f"{path} {what}: give the folder of a run, or a step-… folder in its checkpoints folder")
-    return newest
+    return found
 
 
 def order(path: Path) -> tuple[int, int]:

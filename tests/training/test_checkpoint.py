@@ -283,16 +283,17 @@ def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path):
     (tmp_path / "a/checkpoints").mkdir(parents=True)
     with pytest.raises(KestrelError, match=rf"1 runs in {tmp_path}, none with a checkpoint"):
         checkpoint.find_newest_run(tmp_path)
-    with pytest.raises(KestrelError, match="a holds no complete checkpoint"):
+    with pytest.raises(KestrelError, match="a leads to no complete checkpoint"):
         checkpoint.find(tmp_path / "a")
     with pytest.raises(KestrelError, match="nowhere does not exist"):
         checkpoint.find(tmp_path / "nowhere")
 
 
-def test_a_run_its_folder_of_checkpoints_and_a_checkpoint_all_lead_to_it(tmp_path: Path):
-    first, second = save(tmp_path, 1), save(tmp_path, 2)
+def test_a_run_its_folder_of_checkpoints_a_pointer_and_a_checkpoint_all_lead_to_it(tmp_path: Path):
+    first, second = save(tmp_path, 1, best=True), save(tmp_path, 2)
     assert checkpoint.find(tmp_path) == checkpoint.find(tmp_path / "checkpoints") == checkpoint.find(second) == second
-    assert checkpoint.find(str(first)) == first
+    assert checkpoint.find(tmp_path / "checkpoints/latest") == second
+    assert checkpoint.find(tmp_path / "checkpoints/best") == checkpoint.find(str(first)) == first
 
 
 # Processes that are killed, disks that fill up, power that fails.
