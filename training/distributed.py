@@ -5,7 +5,7 @@ does nothing in it. Errors come before anything is loaded, and say what to write
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Optional
@@ -58,6 +58,12 @@ class Device:
     @property
     def is_main(self) -> bool:
         return self.rank == 0
+
+    def describe(self) -> str:
+        """For people: cuda:0 (NVIDIA H100 80GB HBM3), bfloat16, 1 rank."""
+        name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
+        ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
+        return f"{self.device}{name}, {str(self.dtype).removeprefix('torch.')}, {ranks}"
 
     @property
     def memory_bytes(self) -> int | None:
@@ -189,6 +195,22 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_main(function: Callable[[], Any], device: Device) -> Any:
+    """What `function` returns on rank 0, on every rank; what the user did wrong there is raised on all of them."""
+    result = problem = None
+    if device.is_main:
+        try:
+            result = function()
+        except KestrelError as error:
+            if device.world_size == 1:
+                raise
+            problem = str(error)
+    result, problem = broadcast_object((result, problem))
+    if problem is not None:
+        raise KestrelError(problem)
+    return result
 
 
 def print_main(*values: object) -> None:

@@ -16,7 +16,6 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -28,21 +27,13 @@ from errors import KestrelError
 from optim.muon_adamw import MuonAdamW
 from optim.schedules import ScheduleValues
 from training import distributed
+from training.cadence import Cadence
 from training.horizon import Horizon, StageConfig
 from training.report import Reporter
 
 
 class TrainingDiverged(KestrelError):
     """The loss is NaN or infinite; the last good checkpoint is untouched."""
-
-
-@dataclass
-class Cadence:
-    """What happens between steps; each is called by every rank at the same step."""
-
-    validate: Callable[[int], float]  # step → bits per byte
-    sample: Callable[[int], None]
-    save: Callable[[bool], object]  # is this the best so far?
 
 
 class StepRecord(NamedTuple):
@@ -227,13 +218,13 @@ def run_cadence(state: TrainState, stage: StageConfig, cadence: Cadence, complet
     """Validate, sample and save where step and settings say so, each at most once per step even across a resume."""
     improved = False
     if (complete or is_due(state.step, stage.eval_every)) and state.validated_step != state.step:
-        bpb = cadence.validate(state.step)
+        bpb = cadence.validate()
         state.validated_step = state.step
         improved = bpb < state.best_bpb
         state.best_bpb = min(bpb, state.best_bpb)
     if (complete or (is_due(state.step, stage.sample_every) and state.step > 0)) and state.sampled_step != state.step:
         state.sampled_step = state.step
-        cadence.sample(state.step)
+        cadence.sample()
     improved &= state.step > 0  # an untrained model is not worth keeping
     due = (complete or is_due(state.step, stage.save_every)) and state.step > 0 and state.saved_step != state.step
     if improved or due:

@@ -1,0 +1,242 @@
+"""`python train.py` as a user runs it, on a model of a few thousand parameters: files, resuming, signals, ranks, sweeps."""
+
+import csv
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoint
+
+ROOT = Path(__file__).parent.parent
+# Small enough for two steps a second on a busy core, large enough that every part of a run happens.
+TINY = [
+    "model=d2", "model.depth=1", "model.head_dim=16", "model.aspect_ratio=32", "model.sequence_len=32", "data.megabytes=0.05",
+    "tokenizer=byte", "stage.total_batch_size=256", "stage.eval_tokens=1024", "stage.sample_tokens=8",
+    "hardware=cpu", "hardware.threads=1",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+def start(
+    folder: Path, cache: Path, *overrides: str, ranks: int = 1, script: tuple = ("train.py",)
+) -> subprocess.Popen:
+    """train.py in a folder of its own; under torchrun when there are several ranks."""
+    launcher = [sys.executable]
+    if ranks > 1:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+    env = os.environ | {"KESTREL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [*launcher, str(ROOT / script[0]), *script[1:], *TINY, *overrides]
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def train(folder: Path, cache: Path, *overrides: str, status: int = 0, **options: object) -> str:
+    """Run to the end. → what it printed"""
+    process = start(folder, cache, *overrides, **options)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, f"status {process.returncode}\n{out[-2000:]}\n{err[-3000:]}"
+    return out + err
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) of every training row."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+
+
+def tensors(run: Path) -> dict[str, torch.Tensor]:
+    """Everything in the newest checkpoint."""
+    from safetensors.torch import load_file
+
+    folder = checkpoint.latest(run)
+    return {
+        f"{kind}.{k}": v
+        for kind in ("model", "optimizer")
+        for k, v in load_file(folder / f"{kind}.safetensors").items()
+    }
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
+    """A run of 20 steps without interruption."""
+    folder = tmp_path_factory.mktemp("straight")
+    out = train(folder, cache, "stage.num_iterations=20", "stage.eval_every=10", "run=a")
+    (folder / "out.txt").write_text(out)
+    return folder / "runs" / "a"
+
+
+def test_a_run_leaves_everything_behind(straight: Path):
+    for name in (
+        "config.yaml",
+        "environment.json",
+        "metrics.jsonl",
+        "metrics.csv",
+        "training_curve.png",
+        "tokenizer.json",
+    ):
+        assert (straight / name).stat().st_size > 0, name
+    assert (straight / "training_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert [step for step, _ in losses(straight)] == list(range(1, 21))
+    rows = list(csv.DictReader((straight / "metrics.csv").open()))
+    assert len(rows) >= 23  # 20 steps and validations at 0, 10 and 20
+    (environment,) = json.loads((straight / "environment.json").read_text())
+    assert environment["torch"] == torch.__version__
+
+
+def test_a_run_says_where_things_are_and_what_ran(straight: Path):
+    out = (straight.parent.parent / "out.txt").read_text()
+    for words in ("all torch", "cpu", "float32", "bits per byte", "training_curve.png", "runs/a"):
+        assert words in out, words
+
+
+def test_loss_and_bits_per_byte_fall(straight: Path):
+    rows = [json.loads(line) for line in (straight / "metrics.jsonl").read_text().splitlines()]
+    bpb = [row["val_bpb"] for row in rows if "val_bpb" in row]
+    assert len(bpb) == 3
+    assert bpb[-1] < 0.8 * bpb[0]
+
+
+def test_resume_is_bitwise(straight: Path, tmp_path: Path, cache: Path):
+    """Interrupted after 7 and after 13 steps: the same losses, parameters and optimizer state as in one go."""
+    for steps in (7, 6):  # the second counts from step 7
+        script = ("tests/interrupted_train.py", str(steps))
+        out = train(tmp_path, cache, "stage.num_iterations=20", "stage.eval_every=10", "run=a", script=script)
+        assert "saved" in out
+    train(tmp_path, cache, "stage.num_iterations=20", "stage.eval_every=10", "run=a")
+    resumed = tmp_path / "runs" / "a"
+    assert losses(resumed) == losses(straight)
+    ours, theirs = tensors(resumed), tensors(straight)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_exits_0(number: signal.Signals, tmp_path: Path, cache: Path):
+    process = start(tmp_path, cache, "stage.num_iterations=100000", "stage.eval_every=-1", "run=a")
+    metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and (not metrics.exists() or metrics.read_text().count("train_loss") < 3):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    assert number.name in out + err
+    run = tmp_path / "runs" / "a"
+    saved = checkpoint.read_checkpoint(checkpoint.latest(run))
+    assert saved.step == losses(run)[-1][0]
+
+
+def test_a_finished_run_is_not_trained_again(straight: Path, cache: Path):
+    before = (straight / "metrics.jsonl").read_bytes()
+    out = train(straight.parent.parent, cache, "stage.num_iterations=20", "run=a")
+    assert "complete" in out
+    assert (straight / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_never_begins_beside(straight: Path, cache: Path):
+    before = (straight / "metrics.jsonl").read_bytes()
+    train(straight.parent.parent, cache, "stage.num_iterations=2", "run=a", "resume=never")
+    assert (straight / "metrics.jsonl").read_bytes() == before
+    assert [step for step, _ in losses(straight.with_name("a-2"))] == [1, 2]
+
+
+def test_resume_from_a_path_begins_where_that_checkpoint_ends(straight: Path, cache: Path):
+    folder = straight.parent.parent
+    train(folder, cache, "stage.num_iterations=22", "run=b", f"resume={straight}")
+    assert [step for step, _ in losses(straight.with_name("b"))] == [21, 22]
+
+
+def test_going_on_with_another_model_is_refused(straight: Path, cache: Path):
+    out = train(straight.parent.parent, cache, "run=a", "model.depth=2", status=2)
+    assert "model.depth" in out
+    assert "resume=never" in out
+    assert "Traceback" not in out
+
+
+def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, cache: Path):
+    out = train(tmp_path, cache, "stage.total_batch_size=100", status=2)
+    assert "100" in out
+    assert "Traceback" not in out
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(tmp_path: Path, cache: Path):
+    same = ["stage.num_iterations=6", "hardware.device_batch_size=2", "stage.total_batch_size=256"]
+    train(tmp_path, cache, "run=one", *same)
+    train(tmp_path, cache, "run=two", *same, ranks=2)
+    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["one", "two"]
+    one, two = (tensors(tmp_path / "runs" / name) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        assert (one[name].double() - two[name].double()).abs().max() <= 1e-5, name
+    for (step, a), (other, b) in zip(losses(tmp_path / "runs" / "one"), losses(tmp_path / "runs" / "two"), strict=True):
+        assert step == other
+        assert abs(a - b) <= 1e-5
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, cache: Path):
+    same = ["hardware.device_batch_size=2", "stage.total_batch_size=256", "stage.eval_every=-1", "run=a"]
+    train(tmp_path, cache, "stage.num_iterations=6", "optim.schedule=cosine", *same, ranks=2)
+    train(tmp_path, cache, "stage.num_iterations=8", "optim.schedule=cosine", *same)
+    assert [step for step, _ in losses(tmp_path / "runs" / "a")] == list(range(1, 9))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, cache: Path):
+    train(tmp_path, cache, "stage.num_iterations=4", "run=a", "optim=adamw")
+    saved = checkpoint.latest(tmp_path / "runs" / "a")
+    out = train(
+        tmp_path,
+        cache,
+        "stage.num_iterations=40",
+        "run=a",
+        "optim=adamw",
+        "optim.lr=1e30",
+        "optim.grad_clip=0",
+        status=2,
+    )
+    assert "step" in out
+    assert "lower" in out
+    assert "Traceback" not in out
+    assert checkpoint.latest(tmp_path / "runs" / "a") == saved
+
+
+def test_two_processes_do_not_train_in_one_folder(tmp_path: Path, cache: Path):
+    first = start(tmp_path, cache, "stage.num_iterations=100000", "run=a")
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (tmp_path / "runs" / "a" / "metrics.jsonl").exists():
+            time.sleep(0.1)
+        assert "another process" in train(tmp_path, cache, "run=a", status=2)
+    finally:
+        first.kill()
+        first.communicate()
+
+
+def test_a_sweep_leaves_a_summary(tmp_path: Path, cache: Path):
+    train(tmp_path, cache, "-m", "stage.num_iterations=2", "seed=1,2")
+    rows = list(csv.DictReader((tmp_path / "runs" / "sweeps" / "summary.csv").open()))
+    assert [row["seed"] for row in rows] == ["1", "2"]
+    assert all(float(row["bpb"]) > 0 for row in rows)
+
+
+def test_infer_tells_a_story_of_the_newest_run(straight: Path, cache: Path):
+    prompt = 'A "fox", (red): said = {no}\n[é 日本]'
+    command = [sys.executable, str(ROOT / "infer.py"), f"ckpt={straight}", f"prompt={prompt}", "max_new_tokens=4"]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=straight.parent.parent)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(prompt)

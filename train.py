@@ -1,0 +1,256 @@
+"""Train a model: `python train.py model=d6 data=tinystories`, or under torchrun on several GPUs. A run, top to bottom."""
+
+import csv
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import checkpoint
+from checkpoint import TrainState
+from config import RunConfig, run_command, sweep_directory, to_yaml
+from data.batches import Batch, pretrain_batches
+from data.documents import TokenShards
+from data.tokenizer import Tokenizer
+from model import LanguageModel, build, config_to_dict, cost
+from model.ops import Ops, chosen_backends, describe_ops, load_ops
+from optim.groups import parameter_groups
+from optim.muon_adamw import MuonAdamW
+from optim.schedules import make_schedule
+from training import distributed, loop, run_directory
+from training.cadence import Cadence
+from training.distributed import Device, print_main
+from training.horizon import Horizon, largest_device_batch, plan
+from training.journal import read_rows
+from training.machine import describe_machine, peak_flops
+from training.prepare import prepare_data
+from training.report import Reporter
+from training.run_directory import RunDirectory
+
+REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of the same vocabulary
+
+
+def main(run: RunConfig) -> None:
+    """Join the other ranks, train, and leave them whatever happened."""
+    device = distributed.init(run.hardware)
+    try:
+        ops = load_ops(run.kernels, device.device)
+        directory = choose_directory(run, device)
+        with run_directory.lock(directory.path, device.is_main):
+            train(run, directory, ops, device)
+    finally:
+        distributed.cleanup()
+
+
+def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> None:
+    """The table of contents of a run."""
+    print_main(f"run: {directory.path} on {device.describe()}; kernels: {describe_ops(run.kernels)}")
+    tokenizer, train_shards, val_shards = prepare_data(run.data, run.tokenizer, directory.start, device)
+    model = new_model(run, tokenizer, ops, device)
+    horizon = plan_horizon(run, model, device)
+    optimizer = new_optimizer(run, model, horizon, ops, device)
+    state = restore(directory.start, model, optimizer, device)
+    schedule = make_schedule(run.optim, horizon.num_iterations)
+    batches = training_batches(run, train_shards, tokenizer, horizon, state, device)
+    reporter = new_reporter(run, directory, tokenizer, model, horizon, state, device)
+    cadence = Cadence(
+        directory.path, run.stage, settings(run), model, optimizer, tokenizer, val_shards, horizon, state, reporter, device
+    )
+    forward = torch.compile(model, dynamic=False) if run.hardware.compile else model
+    try:
+        complete = loop.train(
+            forward,
+            optimizer,
+            schedule,
+            batches,
+            horizon,
+            state,
+            run.stage,
+            cadence,
+            reporter,
+            device,
+            run.optim.grad_clip,
+        )
+    finally:
+        batches.close()
+        reporter.close()
+    if device.is_main:
+        say_goodbye(directory.path, horizon, state, complete)
+        note_in_summary(run, directory.path, state)
+
+
+def settings(run: RunConfig) -> dict[str, Any]:
+    """The resolved config as plain data: what a checkpoint keeps, and what a run is compared with when it goes on."""
+    return dataclasses.asdict(run) | {"model": config_to_dict(run.model)}
+
+
+def choose_directory(run: RunConfig, device: Device) -> RunDirectory:
+    """Rank 0 chooses, all agree."""
+    sweep = sweep_directory()
+    parent, name = (sweep.parent, sweep.name) if sweep else (Path(run.runs_dir), run.run)
+    return distributed.on_main(lambda: run_directory.open_run(parent, name, run.resume, settings(run)), device)
+
+
+def new_model(run: RunConfig, tokenizer: Tokenizer, ops: Ops, device: Device) -> LanguageModel:
+    """A model with its first values, the same on every rank."""
+    model = build(run.model, tokenizer.vocab_size, ops, device.dtype)
+    model.to_empty(device=device.device)
+    model.init_weights(run.seed)
+    return model
+
+
+def plan_horizon(run: RunConfig, model: LanguageModel, device: Device) -> Horizon:
+    """Length, batch and scales of the run, from the counts of this model and of the reference model."""
+    counts = cost.parameter_counts(model)
+    config = run.model
+    return plan(
+        run.stage,
+        scaling_parameters=cost.scaling_parameters(model),
+        reference_parameters=cost.scaling_parameters(reference_model(model)),
+        flops_per_token=cost.flops_per_token(model),
+        sequence_len=config.sequence_len,
+        world_size=device.world_size,
+        device_batch_size=run.hardware.device_batch_size,
+        max_device_batch_size=largest_device_batch(
+            sequence_len=config.sequence_len,
+            n_layer=config.n_layer,
+            n_embd=config.n_embd,
+            parameters=counts["total"],
+            memory_bytes=device.memory_bytes,
+        ),
+        weight_decay=run.optim.weight_decay,
+    )
+
+
+def reference_model(model: LanguageModel) -> LanguageModel:
+    """The same family at REFERENCE_DEPTH with this vocabulary, on the meta device; a family without a dial is its own."""
+    config = model.config
+    if not hasattr(config, "depth"):
+        return model
+    return build(dataclasses.replace(config, depth=REFERENCE_DEPTH), model.vocab_size, model.ops)
+
+
+def new_optimizer(run: RunConfig, model: LanguageModel, horizon: Horizon, ops: Ops, device: Device) -> MuonAdamW:
+    """The configured update rules on the model's parameters."""
+    groups = parameter_groups(
+        model,
+        run.optim,
+        n_embd=run.model.n_embd,
+        lr_scale=horizon.lr_scale,
+        weight_decay=horizon.weight_decay,
+    )
+    return MuonAdamW(groups, ops.newton_schulz, compute_dtype=device.dtype)
+
+
+def restore(start: Path | None, model: LanguageModel, optimizer: MuonAdamW, device: Device) -> TrainState:
+    """Weights, optimizer, random state and position of the checkpoint to go on from; a fresh state without one."""
+    if start is None:
+        return TrainState()
+    saved = checkpoint.read_checkpoint(start)
+    weights = dict(model.named_parameters())
+    tensors = checkpoint.load_tensors(start, "model", checkpoint.spec_of(weights), device.device)
+    with torch.no_grad():
+        for name, parameter in weights.items():
+            parameter.copy_(tensors[name])
+    optimizer.load_state_tensors(checkpoint.load_tensors(start, "optimizer", optimizer.state_spec()))
+    state = TrainState.from_json(saved.state)
+    checkpoint.restore_rng(state.rng, device.device)
+    print_main(f"going on from {start} (step {state.step})")
+    return state
+
+
+def training_batches(
+    run: RunConfig, shards: TokenShards, tokenizer: Tokenizer, horizon: Horizon, state: TrainState, device: Device
+) -> Iterator[Batch]:
+    """This rank's micro-batches from where `state` stands."""
+    return pretrain_batches(
+        shards,
+        batch_size=horizon.device_batch_size,
+        sequence_len=run.model.sequence_len,
+        rank=device.rank,
+        world_size=device.world_size,
+        seed=run.seed,
+        state=state.stream or None,
+        device=device.device,
+        bos_id=tokenizer.bos_id,
+    )
+
+
+def new_reporter(
+    run: RunConfig,
+    directory: RunDirectory,
+    tokenizer: Tokenizer,
+    model: LanguageModel,
+    horizon: Horizon,
+    state: TrainState,
+    device: Device,
+) -> Reporter:
+    """Open the run's folder: config, tokenizer, environment, metrics."""
+    peak = peak_flops(device.device)
+    reporter = Reporter(
+        directory.path,
+        num_steps=horizon.num_iterations,
+        start=state,
+        resumed=directory.resumed,
+        flops_per_token=cost.flops_per_token(model),
+        peak_flops=peak * device.world_size if peak else None,
+        is_main=device.is_main,
+        tensorboard=run.tensorboard,
+    )
+    if device.is_main:
+        (directory.path / "config.yaml").write_text(to_yaml(settings(run)))
+        tokenizer.save(directory.path)
+    reporter.environment(
+        describe_machine(device.device)
+        | {
+            "dtype": str(device.dtype),
+            "ranks": device.world_size,
+            "seed": run.seed,
+            "kernels": chosen_backends(run.kernels),
+        }
+    )
+    counts = cost.parameter_counts(model)
+    reporter.say(
+        f"model: {counts['total']:,} parameters, {cost.flops_per_token(model):,} FLOPs per token; "
+        f"{horizon.num_iterations} steps of {horizon.total_batch_size:,} tokens "
+        f"({horizon.device_batch_size} rows × {horizon.accumulation} × {device.world_size})"
+    )
+    return reporter
+
+
+def say_goodbye(path: Path, horizon: Horizon, state: TrainState, complete: bool) -> None:
+    """What came out, where everything is, and how to go on."""
+    if not complete:
+        print_main(f"saved at step {state.step} of {horizon.num_iterations}; the same command goes on from there")
+        return
+    scores = [row["val_bpb"] for row in read_rows(path / "metrics.jsonl") if "val_bpb" in row]
+    print_main(
+        f"complete: {state.step} steps, {state.tokens_seen:,} tokens, {state.elapsed_s:.0f} s of training; validation "
+        f"{scores[-1]:.4f} bits per byte (best {state.best_bpb:.4f}, untrained {scores[0]:.4f})"
+    )
+    print_main(
+        f"everything is in {path}: " + ", ".join(sorted(file.name for file in path.iterdir() if file.name[0] != "."))
+    )
+    print_main(f"tell a story with it: python infer.py ckpt={path}")
+
+
+def note_in_summary(run: RunConfig, path: Path, state: TrainState) -> None:
+    """In a sweep: this job's row of summary.csv, beside the folders of all jobs; a job run again replaces its row."""
+    if sweep_directory() is None:
+        return
+    summary = path.parent / "summary.csv"
+    rows = list(csv.DictReader(summary.open())) if summary.exists() else []
+    overrides = dict(item.split("=", 1) for item in path.name.split(",") if "=" in item)
+    rows = [row for row in rows if row["job"] != path.name]
+    rows.append({"job": path.name, **overrides, "steps": state.step, "bpb": state.best_bpb, "seconds": state.elapsed_s})
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    with summary.open("w", newline="") as handle:
+        writer = csv.DictWriter(handle, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+if __name__ == "__main__":
+    run_command("train", main)
