@@ -16,10 +16,12 @@ SPLITS = ("train", "val")
 HELD_OUT = 50  # one cast in so many belongs to validation
 PLOTS_FILE = Path(__file__).with_name("fables_plots.txt")
 PRONOUNS = {
-    "she": {"he": "she", "him": "her", "his": "her", "himself": "herself"},
-    "he": {"he": "he", "him": "him", "his": "his", "himself": "himself"},
-    "it": {"he": "it", "him": "it", "his": "its", "himself": "itself"},
+    "she": {"he": "she", "him": "her", "his": "her", "hers": "hers", "himself": "herself"},
+    "he": {"he": "he", "him": "him", "his": "his", "hers": "his", "himself": "himself"},
+    "it": {"he": "it", "him": "it", "his": "its", "hers": "its", "himself": "itself"},
 }
+CHILDREN = {"girl": ("she",), "boy": ("he",)}
+ROGUES = ("wolf", "weasel")  # never friends
 ONE_LIMB = {"paws": "paw", "hooves": "hoof", "wings": "wing", "feet": "foot", "hands": "hand"}
 
 
@@ -101,8 +103,7 @@ class Kind:
     @property
     def pronouns(self) -> tuple[str, ...]:
         """The pronouns one of this kind may have."""
-        fixed = {"girl": ("she",), "boy": ("he",)}
-        return ("it",) if "thing" in self.skills else fixed.get(self.name, ("she", "he"))
+        return ("it",) if "thing" in self.skills else CHILDREN.get(self.name, ("she", "he"))
 
 
 def _read_kinds() -> dict[str, Kind]:
@@ -130,10 +131,11 @@ def _read_theme(table: str) -> list[list[Word]]:
 
 
 KINDS = _read_kinds()
+NAMES = {pronoun: names.split() for pronoun, names in words.NAMES.items()}
 THINGS = _read_things()
-LANDS = [Word(name, **{"in": where, "walk": walk}) for name, where, walk in _rows(words.LANDS)]
+LANDS = [Word(name, **{"in": where, "where": where, "walk": walk}) for name, where, walk in _rows(words.LANDS)]
 PLACES, TREES, TRAITS, KIN = (
-    [Word(text) for text in texts] for texts in (words.PLACES, words.TREES, words.TRAITS, words.KIN)
+    [Word(text) for text in texts] for texts in (words.PLACES, words.TREES, words.TRAITS.split(), words.KIN)
 )
 
 
@@ -164,7 +166,7 @@ def character(name: str, kind: Kind, pronoun: str) -> Word:
     """Somebody with a name: {hero} is the name, {hero.kind} what it is, {hero.he} how one speaks of it."""
     article = {"a": with_article(kind.name), "the": f"the {kind.name}"}
     limbs = {"limbs": kind.limbs, "limb": ONE_LIMB.get(kind.limbs, "")}
-    return Word(name, kind=kind.name, house=kind.house, **article, **limbs, **PRONOUNS[pronoun])
+    return Word(name, kind=kind.name, house=with_article(kind.house), **article, **limbs, **PRONOUNS[pronoun])
 
 
 # -- plots ------------------------------------------------------------------------------------------------------------
@@ -237,7 +239,7 @@ def _who(terms: str) -> list[Kind]:
 
 
 def _is(kind: Kind, term: str) -> bool:
-    child, rogue = kind.limbs == "hands", kind.name in ("wolf", "weasel")
+    child, rogue = kind.name in CHILDREN, kind.name in ROGUES
     if term in ("any", "animal", "child"):
         return "thing" not in kind.skills and not rogue and term in ("any", "child" if child else "animal")
     return term in kind.skills or term == kind.limbs
@@ -276,7 +278,7 @@ def _plot(
     known = {**shared, **dict(zip(parts[::2], parts[1::2]))}
     heroes = _who(f"{header.get('hero', 'any')} {extra.get('hero', '')}")
     # girls and boys are two kinds among many, but a good part of what one expects of a story
-    heroes = [kind for kind in heroes if kind.may_be_hero for _ in range(3 if kind.limbs == "hands" else 1)]
+    heroes = [kind for kind in heroes if kind.may_be_hero for _ in range(3 if kind.name in CHILDREN else 1)]
     return Plot(
         name=name,
         obstacle=obstacle,
@@ -284,7 +286,11 @@ def _plot(
         roles={role: _who(header.get(role) or extra.get(role) or "animal") for role in ROLES},
         wishes=wishes[header["wish"]],
         gifts={gift: wishes[header.get(gift, "keepsake")] for gift in GIFTS},
-        seasons=[SEASONS[season] for season in header.get("season", " ".join(SEASONS)).split()],
+        seasons=[
+            season
+            for name, season in SEASONS.items()
+            if all(name in some.get("season", name) for some in (header, extra))
+        ],
         beats=[known[beat] if isinstance(beat, str) else beat for beat in beats],
     )
 
@@ -316,37 +322,38 @@ def _shapes() -> list[list[Plot]]:
     return list(plots().values())
 
 
-def split_of(name: str, kind: str, wish: str) -> str:
-    """The split to which all stories of a hero of this name and kind with this wish belong, whatever the seed."""
-    return "val" if hash64("fables", name, kind, wish) % HELD_OUT == 0 else "train"
+def split_of(hero: str, kind: str, friend: str, wish: str) -> str:
+    """The split of all stories in which a hero of this name and kind has this friend and this wish, for every seed."""
+    return "val" if hash64("fables", hero, kind, friend, wish) % HELD_OUT == 0 else "train"
 
 
 def _cast(plot: Plot, split: str, dice: Dice) -> dict[str, Any]:
-    """Draw who and what is in a story: first a hero and a wish that belong to the split, then all the others."""
+    """Draw who and what is in a story: first what decides the split, until it is the right one, then all the rest."""
     while True:
-        kind, wishes = dice.pick(plot.heroes), dice.pick(plot.wishes)
-        pronoun = dice.pick(kind.pronouns)
-        name = dice.pick(words.NAMES[pronoun])
-        cannot = wishes[0].forms.get("not", "")
-        if split_of(name, kind.name, wishes[0].noun) == split and cannot not in kind.skills:
+        wishes = dice.pick(plot.wishes)
+        kind, hero = _somebody(plot.heroes, (), dice)
+        friend_kind, friend = _somebody(plot.roles["friend"], (kind.name, hero.he), dice)
+        able = wishes[0].forms.get("not") in kind.skills
+        if not able and split_of(hero.text, kind.name, friend.text, wishes[0].noun) == split:
             break
-    hero = character(name, kind, pronoun)
-    cast = {"hero": hero, **{form: getattr(hero, form) for he in PRONOUNS["it"] for form in (he, capital(he))}}
-    cast["wish"] = dice.pick(wishes)
+    cast = {"hero": hero, "friend": friend, "wish": dice.pick(wishes)}
+    for form in PRONOUNS["it"]:
+        cast[form], cast[capital(form)] = getattr(hero, form), getattr(hero, capital(form))
     for gift, things in plot.gifts.items():
-        cast[gift] = _other(things, [cast["wish"], *(cast[name] for name in GIFTS if name in cast)], dice)
-    cast["friend"] = _friend(plot.roles["friend"], kind, pronoun, dice)
-    taken = {kind.name, cast["friend"].kind}
+        nouns = [word.noun for name, word in cast.items() if name in ("wish", *GIFTS)]
+        cast[gift] = dice.pick(dice.pick([some for some in things if some[0].noun not in nouns]))
+    taken = {kind.name, friend_kind.name}
     for role in ROLES[1:]:
-        others = [other for other in plot.roles[role] if other.name not in taken]
-        cast[role] = BYSTANDERS[dice.pick(others).name]
+        others = [other.name for other in plot.roles[role] if other.name not in taken]
+        cast[role] = BYSTANDERS[dice.pick(others)]
         taken.add(cast[role].text)
     season = dice.pick(plot.seasons)
-    cast.update(
-        {"land": dice.pick(LANDS), "place": dice.pick(PLACES), "tree": dice.pick(TREES), "kin": dice.pick(KIN)},
-        trait=dice.pick(TRAITS), season=season.name, day=dice.pick(season.days),
-        weather=dice.pick(season.weather), later=dice.pick(season.later),
-    )  # fmt: skip
+    cast["season"], cast["day"] = season.name, dice.pick(season.days)
+    cast["weather"], cast["later"] = dice.pick(season.weather), dice.pick(season.later)
+    # a boat that lives by the sea does not wish to see the sea
+    cast["land"] = dice.pick([land for land in LANDS if cast["wish"].bare not in land.where])
+    cast["place"], cast["tree"] = dice.pick(PLACES), dice.pick(TREES)
+    cast["kin"], cast["trait"] = dice.pick(KIN), dice.pick(TRAITS)
     if any("{" in form for form in cast["wish"].forms.values()):
         forms = {name: form.format_map(cast) for name, form in cast["wish"].forms.items()}
         cast["wish"] = Word(cast["wish"].text, **forms)
@@ -356,16 +363,16 @@ def _cast(plot: Plot, split: str, dice: Dice) -> dict[str, Any]:
 BYSTANDERS = {name: Word(name) for name in KINDS}
 
 
-def _other(things: list[list[Word]], taken: list[Word], dice: Dice) -> Word:
-    nouns = {word.noun for word in taken}
-    return dice.pick(dice.pick([some for some in things if some[0].noun not in nouns]))
+def _somebody(kinds: list[Kind], unlike: tuple[str, ...], dice: Dice) -> tuple[Kind, Word]:
+    """Somebody of one of these kinds whose kind and pronoun are not those of `unlike`.
 
-
-def _friend(kinds: list[Kind], hero: Kind, pronoun: str, dice: Dice) -> Word:
-    """A friend of another kind and another pronoun, so that "he" and "she" always say who is meant."""
-    kind = dice.pick([kind for kind in kinds if kind is not hero and set(kind.pronouns) - {pronoun}])
-    pronoun = dice.pick([other for other in kind.pronouns if other != pronoun])
-    return character(dice.pick(words.NAMES[pronoun]), kind, pronoun)
+    Hero and friend never share a pronoun, so "he" and "she" always say who is meant.
+    """
+    while True:
+        kind = dice.pick(kinds)
+        pronoun = dice.pick(kind.pronouns)
+        if kind.name not in unlike and pronoun not in unlike:
+            return kind, character(dice.pick(NAMES[pronoun]), kind, pronoun)
 
 
 def _text(plot: Plot, cast: dict[str, Any], dice: Dice) -> str:

@@ -7,11 +7,17 @@ a reader can check. Words are few and come back often: a small model sees each o
 """
 
 NAMES = {
-    "she": """Ada Anna Bea Cora Dora Edda Elsie Fay Greta Hanna Ida Ines Juna Kiki Lena Lotta Lulu Maya Mia Mimi Nell
-        Nora Olga Pia Polly Rosa Ruth Suri Tess Tilda Una Vera Willa Yara Zara Zita""".split(),
-    "he": """Abel Anton Arlo Bram Carlo Emil Felix Finn Fritz Gus Hugo Ivo Jasper Jonas Kofi Leo Linus Max Milo Ned
-        Nico Olaf Oscar Otto Paco Pip Rafi Sami Theo Timo Toby Ugo Victor Wim Yuri Zeb""".split(),
-    "it": "Bobo Dinky Glim Jolly Momo Nub Pim Poko Tiko Tumtum Wobble Zuzu".split(),
+    "she": """
+        Ada Anna Bea Cora Dora Edda Elsie Fay Greta Hanna Ida Ines Juna Kiki Lena Lotta Lulu Maya Mia Mimi Nell Nora
+        Olga Pia Polly Rosa Ruth Suri Tess Tilda Una Vera Willa Yara Zara Zita
+    """,
+    "he": """
+        Abel Anton Arlo Bram Carlo Emil Felix Finn Fritz Gus Hugo Ivo Jasper Jonas Kofi Leo Linus Max Milo Ned Nico
+        Olaf Oscar Otto Paco Pip Rafi Sami Theo Timo Toby Ugo Victor Wim Yuri Zeb
+    """,
+    "it": """
+        Bobo Dinky Glim Jolly Momo Nub Pim Poko Tiko Tumtum Wobble Zuzu
+    """,
 }
 
 # kind, where it lives, what it holds things with, what it can do. A kind in capitals is only ever a helper or a
@@ -31,7 +37,7 @@ goat       barn    hooves  climb prickly
 piglet     barn    hooves  smell
 duck       nest    wings   swim fly
 hen        barn    wings
-frog       pond    feet    swim sing
+frog       pond    hands   swim sing
 otter      den     paws    swim
 beaver     lodge   paws    swim gnaw
 bear       cave    paws    strong
@@ -40,26 +46,26 @@ pony       stable  hooves  strong carry
 sparrow    nest    wings   fly
 robin      nest    wings   fly sing
 crow       nest    wings   fly
-tortoise   garden  feet    prickly wise slow
+tortoise   house   hands   prickly wise slow
 girl       house   hands
 boy        house   hands
-OWL        tree    wings   fly night wise
-RAVEN      tree    wings   fly wise
-TOAD       garden  feet    wise
-HORSE      stable  hooves  strong carry
-OX         barn    hooves  strong carry
-DEER       forest  hooves  carry
-SWAN       lake    wings   swim fly carry
-GOOSE      barn    wings   swim fly
-BAT        cave    wings   fly night
-CAT        house   paws    climb night
-DOG        house   paws    smell dig
-LIZARD     wall    feet    tiny climb
-BEETLE     garden  feet    tiny prickly
-CRICKET    meadow  feet    tiny sing
-LARK       nest    wings   fly sing
-WOLF       den     paws    sly
-WEASEL     den     paws    sly
+OWL        -       wings   fly night wise
+RAVEN      -       wings   fly wise
+TOAD       -       feet    wise
+HORSE      -       hooves  strong carry
+OX         -       hooves  strong carry
+DEER       -       hooves  carry
+SWAN       -       wings   swim fly carry
+GOOSE      -       wings   swim fly
+BAT        -       wings   fly night
+CAT        -       paws    climb night
+DOG        -       paws    smell dig
+LIZARD     -       feet    tiny climb
+BEETLE     -       feet    tiny prickly
+CRICKET    -       feet    tiny sing
+LARK       -       wings   fly sing
+WOLF       -       paws    sly
+WEASEL     -       paws    sly
 boat       -       -       thing
 lantern    -       -       thing
 cloud      -       -       thing
@@ -67,15 +73,15 @@ clock      -       -       thing
 kite       -       -       thing
 """
 
-TRAITS = (
-    "brave careful cheerful clever curious friendly gentle happy hopeful kind lively merry patient quiet shy".split()
-)
+TRAITS = """
+brave careful cheerful clever curious friendly gentle happy hopeful kind lively merry patient quiet shy
+"""
 
 # name, where one lives, the way through it
 LANDS = """
-forest    | at the edge of a deep forest   | through the forest
+forest    | at the edge of a dark forest   | through the forest
 meadow    | in a green meadow              | across the meadow
-valley    | in a quiet valley              | through the valley
+valley    | in a deep valley               | through the valley
 village   | in a small village             | through the village
 hill      | on a windy hill                | over the hill
 farm      | on an old farm                 | across the farm
@@ -89,8 +95,8 @@ town      | in a busy little town          | through the streets
 """
 
 # What stands in any land, so that something can happen beside it.
-PLACES = ["old mill", "stone bridge", "tall oak", "deep well", "wooden gate", "hollow tree", "white fence", "big rock"]
-TREES = ["tall oak", "old pine", "high apple tree", "great birch"]
+PLACES = ["old mill", "red barn", "tall oak", "deep well", "wooden gate", "broken tower", "white fence", "big rock"]
+TREES = ["tall fir", "old pine", "high apple tree", "great birch"]
 KIN = ["grandmother", "grandfather", "mother", "father", "aunt", "uncle"]
 
 # Season: how its days are, what one sees at first, what one sees when all has ended well.
@@ -106,12 +112,12 @@ summer | warm hot sunny bright   | The sun was high, and the bees were busy in t
 autumn | cool windy grey rainy   | Red and yellow leaves were falling.
                                  / The wind blew the leaves along the path.
                                  / The apples were ripe, and the nights were growing long.
-                                 | Outside, the autumn wind blew, but nobody minded.
-                                 / Outside, the yellow leaves went on falling.
+                                 | The autumn wind blew, but nobody minded.
+                                 / And the yellow leaves went on falling.
 winter | cold snowy frosty white | Snow lay on the roofs and on the paths.
                                  / The snow was deep, and the air was very still.
-                                 / There was ice on every window. | Outside, the snow fell softly.
-                                 / Outside it was cold, but inside it was warm.
+                                 / There was ice on every window. | The snow fell softly, and all was well.
+                                 / It was cold, but nobody minded.
 """
 HOURS = ["morning", "day", "afternoon"]
 
@@ -142,7 +148,7 @@ THINGS = {
         kite      | red blue yellow striped
         ball      | red blue yellow striped
         drum      | red blue small round
-        sledge    | wooden red small blue
+        ship      | wooden red small white
         swing     | wooden red small yellow
         hoop      | red wooden golden yellow
         doll      | wooden small old soft
