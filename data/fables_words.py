@@ -21,7 +21,7 @@ NAMES = {
 }
 
 # kind, where it lives, what it holds things with, what it can do. A kind in capitals is only ever a helper or a
-# passer-by; "girl" and "boy" have their pronoun, things (a boat, a cloud) are "it", all other kinds may be she or he.
+# passer-by. Things (a boat, a cloud) are "it", a hen is "she" and an ox is "he", most kinds may be either.
 KINDS = """
 rabbit     burrow  paws    dig
 mouse      hole    paws    tiny gnaw
