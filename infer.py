@@ -11,6 +11,8 @@ data and verified. conf/infer.yaml lists every key.
 import os
 import signal
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as in train.py
+
 if __name__ == "__main__":  # before the imports, which take seconds: until there is a story Ctrl-C needs no answer
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 

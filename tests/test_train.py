@@ -1,4 +1,4 @@
-"""`python train.py` as a user runs it, on a model of a few thousand parameters: files, resuming, signals, ranks, sweeps."""
+"""`python train.py` as a user runs it, on a tiny model: files, resuming, signals, ranks, sweeps."""
 
 import csv
 import json
@@ -18,7 +18,8 @@ import checkpoint
 ROOT = Path(__file__).parent.parent
 # Small enough for two steps a second on a busy core, large enough that every part of a run happens.
 TINY = [
-    "model=d2", "model.depth=1", "model.head_dim=16", "model.aspect_ratio=32", "model.sequence_len=32", "data.megabytes=0.05",
+    "model=d2", "model.depth=1", "model.head_dim=16", "model.aspect_ratio=32", "model.sequence_len=32",
+    "data.megabytes=0.05",
     "tokenizer=byte", "stage.total_batch_size=256", "stage.eval_tokens=1024", "stage.sample_tokens=8",
     "hardware=cpu", "hardware.threads=1",
 ]  # fmt: skip

@@ -1,6 +1,7 @@
 """What happens between steps: a validation, a sample, a checkpoint. The loop says when; this says what.
 
-Every rank calls each of these at the same step. Validation is shared out among the ranks; samples and files are rank 0's.
+Every rank calls each of these at the same step. Validation is shared out among the ranks, samples and files are left to
+rank 0.
 """
 
 from dataclasses import dataclass

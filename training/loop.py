@@ -2,10 +2,10 @@
 
     step k:   [validate] [sample] [save]  →  accumulate micro-batches  →  optimizer step  →  k+1
 
-The loop runs its cadence once more after the last step, so a run ends with a validation figure, a sample and a checkpoint.
-Nothing here waits for the device inside a step: the loss of step k (averaged over micro-batches and ranks, with every
-rank's wish to stop riding along in the same small reduction) is read while step k+1 is already queued. A loss that is not
-finite is therefore noticed one step late, and never saved: whatever is pending is read before a checkpoint is written.
+The loop runs its cadence once more after the last step, so a run ends with a validation figure, a sample and a
+checkpoint. Nothing here waits for the device inside a step: the loss of step k (averaged over micro-batches and ranks,
+with every rank's wish to stop in the same small reduction) is read while step k+1 is already queued. A loss that is not
+finite is therefore noticed one step late, and never saved: what is pending is read before a checkpoint is written.
 """
 
 import contextlib
@@ -196,9 +196,9 @@ def read(
         loss, wants_stop = record.summary.tolist()
         if not math.isfinite(loss):
             raise TrainingDiverged(
-                f"the loss is {loss} at step {record.step} (data at {position_text(record.position)}): training stops and the "
-                "last checkpoint is kept; try a lower learning rate (optim.matrix_lr or optim.lr), optim.grad_clip=1.0, "
-                "or hardware.dtype=float32"
+                f"the loss is {loss} at step {record.step} (data at {position_text(record.position)}): training stops "
+                "and the last checkpoint is kept; try a lower learning rate (optim.matrix_lr or optim.lr), "
+                "optim.grad_clip=1.0, or hardware.dtype=float32"
             )
         seconds = clock.lap()
         state.elapsed_s += seconds

@@ -4,8 +4,8 @@
     resume=never   begins anew; a folder that already holds checkpoints is left alone and `-2`, `-3`, … is appended
     resume=PATH    begins a new folder (named as above) from the weights, optimizer and data position of that checkpoint
 
-One process trains in a folder at a time (a lock says so), nothing in a folder that is not ours is overwritten, and going on
-with a different model, tokenizer, data set, kind of optimizer or seed is refused: it would be another run under the same name.
+One process trains in a folder at a time (a lock says so), and going on with a different model, tokenizer, data set, kind
+of optimizer or seed is refused: it would be another run under the same name.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ except ImportError:  # Windows has no flock; there the folder is not guarded
 import checkpoint
 from errors import KestrelError
 
-# Changing any of these makes it a different run; the rest (hardware, kernels, learning rates, cadences, horizon) may change.
+# Changing any of these makes it a different run; hardware, kernels, learning rates, cadences and horizon may change.
 IDENTITY = ("model.", "tokenizer.", "data.", "optim.name", "seed")
 # Where the same data lies is not what it is; the stream's own fingerprint guards the content.
 PLACES = ("data.cache_dir", "data.workers")
