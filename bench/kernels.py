@@ -1,18 +1,21 @@
 """Each op against its peers: `python -m bench.kernels --op rmsnorm` prints a table and writes bench/results/*.csv.
 
-Candidates are our kernel, the plain PyTorch reference and the reference under torch.compile; `--tune` adds our kernel
-with other tiles, to choose the numbers in kernels_triton/launch.py. A candidate is timed only after its outputs and
-gradients have been found as exact as plain PyTorch's. Times are of the forward and of the backward pass alone.
+Candidates are our kernel, the plain PyTorch reference, the reference under torch.compile, and what else is installed
+(`PEERS`); `--tune` adds our kernel with other tiles, to choose the numbers in kernels_triton/launch.py. A candidate is
+timed only after its outputs and gradients have been found as exact as plain PyTorch's. Times are of the forward and of
+the backward pass alone. The roof is a copy of 2 GiB; a copy of just as many bytes as the op must move stands in the
+table too, because starting and ending a kernel costs it some microseconds as well.
 """
 
 import argparse
 import csv
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import torch
@@ -20,7 +23,7 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 import kernels_torch
-from bench.timing import Call, Timing, capture, copy_gbps, machine_card, time_in_turns
+from bench.timing import Call, Timing, capture, copy_gbps, host_us, machine_card, time_in_turns
 from kernels_torch.cases import CASES, Case, Shape
 from model.ops import OP_NAMES, KernelConfig, load_ops
 from tests.numerics import assert_close
@@ -61,6 +64,8 @@ def candidates(op: str, device: torch.device, tune: bool) -> dict[str, Callable]
     """Name → function. What lacks the op is left out of the table rather than replaced by something else."""
     reference = getattr(kernels_torch, op)
     found = {"torch": reference, "torch.compile": torch.compile(reference, fullgraph=True)}
+    if device.type == "cuda" and op in PEERS:
+        found |= PEERS[op]()
     if device.type == "cuda" and op in import_module("kernels_triton").__all__:
         config = KernelConfig(**{name: "triton" if name == op else "torch" for name in OP_NAMES})
         ours = getattr(load_ops(config, device), op)
@@ -70,24 +75,33 @@ def candidates(op: str, device: torch.device, tune: bool) -> dict[str, Callable]
     return found
 
 
+def rmsnorm_peers() -> dict[str, Callable]:
+    """Liger computes in fp32 throughout, as we do, in the mode it names after Gemma."""
+    if not find_spec("liger_kernel"):
+        return {}
+    liger = import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
+    return {"liger": lambda x, weight, eps: liger.apply(x, weight, eps, 0.0, "gemma", False)}
+
+
+PEERS = {"rmsnorm": rmsnorm_peers}
+
+
 def rmsnorm_tiles() -> dict[str, dict[str, Callable]]:
-    """Values per warp forward and backward, stages, and warps that stay on a processor for dw."""
+    """Values a thread, warps, stages, and programs that stay on a processor."""
     launch = import_module("kernels_triton.launch")
-    choices = {}
-    for fwd, bwd, stages, resident in (
-        (256, 256, 1, 32), (512, 256, 3, 32), (512, 512, 1, 16), (512, 512, 1, 32), (1024, 512, 2, 16),
-        (1024, 512, 3, 32), (1024, 1024, 1, 16), (1024, 1024, 2, 16), (2048, 1024, 3, 8),
-    ):  # fmt: skip
-        choices[f"fwd{fwd} bwd{bwd} stages{stages} warps{resident}"] = {
-            "rmsnorm_fwd_tile": lambda D, fwd=fwd: launch.row_tile(D, fwd),
-            "rmsnorm_bwd_tile": lambda D, itemsize, bwd=bwd, stages=stages: launch.row_tile(D, bwd)._replace(
-                stages=stages
-            ),
-            "resident_programs": lambda device, warps, resident=resident: (
-                launch.n_processors(device) * max(1, resident // warps)
-            ),
-        }
-    return choices
+    choices = {f"forward {row}": (row, None) for row in ((16, 4), (32, 2), (32, 4), (32, 8), (32, 16), (64, 4))}
+    backward = (
+        (16, 4, 1, None), (32, 4, 1, None), (16, 2, 3, 8), (16, 4, 3, 4), (16, 4, 4, 3), (16, 8, 3, 2), (16, 16, 3, 1),
+        (32, 1, 3, 8), (32, 2, 3, 4), (32, 4, 3, 4), (32, 4, 4, 2), (32, 8, 3, 1), (32, 8, 2, 2),
+    )  # fmt: skip
+    choices |= {f"backward {row}": (None, row) for row in backward}
+    return {name: tile_changes(launch, *rows) for name, rows in choices.items()}
+
+
+def tile_changes(launch: ModuleType, forward: tuple | None, backward: tuple | None) -> dict[str, Callable]:
+    if forward:
+        return {"rmsnorm_fwd_tile": lambda D: launch.row_tile(D, *forward)}
+    return {"rmsnorm_bwd_tile": lambda D, itemsize, needs_dw: launch.row_tile(D, *backward)}
 
 
 TILES = {"rmsnorm": rmsnorm_tiles}
@@ -134,10 +148,30 @@ def bench_shape(
         rows = []
         for direction in ("forward", "backward") if case.differentiable else ("forward",):
             calls = {name: under_its_launch(functions[name], getattr(run, direction)) for name, run in runs.items()}
-            timings = time_in_turns(calls, device, rounds=rounds)
             graphs = time_graphs(calls, device, stream, rounds)
-            rows += [row_of(case, shape, dtype, direction, name, timings[name], graphs.get(name)) for name in calls]
+            queued = {name: host_us(call) for name, call in calls.items()} if stream else {}
+            calls[COPY] = copy_of(case, shape, dtype, direction, device)
+            timings = time_in_turns(calls, device, rounds=rounds)
+            rows += [
+                row_of(case, shape, dtype, direction, name, timings[name], graphs.get(name), queued.get(name))
+                for name in calls
+            ]
     return rows
+
+
+COPY = "copy of as many bytes"
+
+
+def copy_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str, device: torch.device) -> Call:
+    """Half of what the op must move is read and half is written."""
+    n_bytes = bytes_of(case, shape, dtype, direction) // 2
+    source = torch.randint(0, 100, (n_bytes,), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def bytes_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> int:
+    return int(case.bytes(**shape) * dtype.itemsize * (case.backward[1] if direction == "backward" else 1))
 
 
 def checked(case: Case, functions: dict[str, Callable], inputs: Shape, dtype: torch.dtype) -> dict[str, Candidate]:
@@ -176,10 +210,10 @@ def time_graphs(calls: dict[str, Call], device: torch.device, stream: object, ro
 
 
 def row_of(
-    case: Case, shape: Shape, dtype: torch.dtype, direction: str, name: str, timing: Timing, graph: Timing | None
-) -> dict:
+    case: Case, shape: Shape, dtype: torch.dtype, direction: str, name: str, timing: Timing, graph: Timing | None,
+    host: float | None,
+) -> dict:  # fmt: skip
     """One line of the CSV, machine aside."""
-    flops_factor, bytes_factor = case.backward if direction == "backward" else (1.0, 1.0)
     return {
         "op": case.op,
         "shape": " ".join(f"{key}={value}" for key, value in shape.items()),
@@ -188,15 +222,17 @@ def row_of(
         "candidate": name,
         **{key: round(value, 2) for key, value in timing._asdict().items()},
         "graph_us": round(graph.median_us, 2) if graph else "",
-        "bytes": int(case.bytes(**shape) * dtype.itemsize * bytes_factor),
-        "flops": int(case.flops(**shape) * flops_factor),
+        "host_us": round(host, 1) if host else "",
+        "bytes": bytes_of(case, shape, dtype, direction),
+        "flops": 0 if name == COPY else int(case.flops(**shape) * (case.backward[0] if direction == "backward" else 1)),
     }
 
 
 def add_rates(rows: list[dict], roof_gbps: float) -> None:
-    """GB/s, share of the copy bandwidth and TFLOP/s, from the graph's time where there is one."""
+    """GB/s, share of the copy bandwidth and TFLOP/s. Eager call and graph both bound what the GPU needs from above:
+    one may wait for the host, the other for the graph to be started."""
     for row in rows:
-        us = row["graph_us"] or row["median_us"]
+        us = row["gpu_us"] = min(row["median_us"], row["graph_us"] or row["median_us"])
         row["gbps"] = round(row["bytes"] / us / 1e3, 1)
         row["copy_gbps"] = round(roof_gbps, 1)
         row["share_of_copy"] = round(row["gbps"] / roof_gbps, 3)
@@ -207,19 +243,18 @@ def print_table(rows: list[dict]) -> None:
     """One block per shape: every candidate forward and backward."""
     for shape in dict.fromkeys(row["shape"] for row in rows):
         print(f"\n{rows[0]['op']} {shape} {rows[0]['dtype']}")
-        print(f"  {'':34}{'direction':>10}{'µs':>11}{'graph µs':>11}{'of copy':>9}{'TFLOP/s':>9}")
+        print(f"  {'':34}{'direction':>10}{'µs':>9}{'graph':>9}{'host':>8}{'of copy':>9}{'TFLOP/s':>9}")
         for row in (row for row in rows if row["shape"] == shape):
             print(
-                f"  {row['candidate']:34}{row['direction']:>10}{row['median_us']:>11.1f}{row['graph_us'] or '–':>11}"
-                f"{row['share_of_copy']:>9.2f}{row['tflops']:>9.1f}"
+                f"  {row['candidate']:34}{row['direction']:>10}{row['median_us']:>9.1f}{row['graph_us'] or '–':>9}"
+                f"{row['host_us'] or '–':>8}{row['share_of_copy']:>9.2f}{row['tflops']:>9.1f}"
             )
 
 
 def write_csv(rows: list[dict], card: dict[str, str], folder: Path) -> Path:
-    """Every row with the machine card; one file per op, device and commit."""
+    """Every row with the machine card; one file per op, and git keeps the older ones."""
     folder.mkdir(parents=True, exist_ok=True)
-    device = re.sub(r"[^a-z0-9]+", "-", card["device"].lower()).strip("-")
-    path = folder / f"{rows[0]['op']}-{device}-{card['commit'].rstrip('+') or 'unknown'}.csv"
+    path = folder / f"{rows[0]['op']}.csv"
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, [*rows[0], *card])
         writer.writeheader()
@@ -236,10 +271,12 @@ def main() -> None:
     parser.add_argument("--tune", action="store_true", help="our kernel with other tiles, too")
     parser.add_argument("--rounds", type=int, default=50)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    parser.add_argument("--commit", help="what is timed, where git cannot say")
     args = parser.parse_args()
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     functorch_config.donated_buffer = False  # backward is repeated on one forward
     roof, card = copy_gbps(device), machine_card(device)
+    card["commit"] = args.commit or card["commit"]
     print(f"{card['device']}: a copy moves {roof:.0f} GB/s; torch {card['torch']}, triton {card['triton']}")
     for op in args.op or import_module("kernels_triton").__all__:
         functions = candidates(op, device, args.tune)

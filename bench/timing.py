@@ -43,7 +43,7 @@ def time_in_turns(
 
 def measure_gpu(calls: dict[str, Call], device: torch.device, rounds: int) -> dict[str, list[float]]:
     """Microseconds of each call between two events, the L2 cache flushed before."""
-    cache = torch.empty(256 * 2**20, dtype=torch.int8, device=device)  # larger than any L2 we know
+    cache = torch.empty(512 * 2**20, dtype=torch.int8, device=device)  # larger than any L2, and over 100 µs of work
     pairs = {name: [] for name in calls}
     torch.cuda.synchronize(device)
     for _ in range(rounds):
@@ -67,6 +67,17 @@ def measure_cpu(calls: dict[str, Call], device: torch.device, rounds: int) -> di
             call()
             samples[name].append(1e6 * (time.perf_counter() - begin))
     return samples
+
+
+def host_us(call: Call, rounds: int = 100) -> float:
+    """Microseconds the host needs to queue a call, the GPU idle before: what an eager loop of small calls costs."""
+    samples = []
+    for _ in range(rounds):
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        samples.append(1e6 * (time.perf_counter() - begin))
+    return statistics.median(samples)
 
 
 def summary(samples: list[float]) -> Timing:

@@ -58,7 +58,7 @@ def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float | None
 ) -> Tensor:
     """F.scaled_dot_product_attention for [B, T, H, D] and grouped heads; mask is True where a key is seen."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    q, k, v = (in_whole_words(x).transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1 and (mask is not None or q.dtype.itemsize > 2):
         # On a GPU only the half-precision kernel without a mask knows groups; else T × T scores would come to memory.
@@ -68,6 +68,12 @@ def fused_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=group > 1
     )
     return out.transpose(1, 2)
+
+
+def in_whole_words(x: Tensor) -> Tensor:
+    """SDPA's GPU kernels read 16 bytes at a time and refuse rows that start in between; such a view is copied."""
+    odd = x.stride(-1) != 1 or any(stride * x.itemsize % 16 for stride in x.stride()[:-1])
+    return x.contiguous() if odd and x.is_cuda else x
 
 
 def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None) -> None:

@@ -37,6 +37,8 @@ def attention_decode(
     Raises ValueError for shapes that do not fit together, lengths that are not integers, and a negative window.
     """
     check_attention_decode(q, k_cache, v_cache, lengths, window)
+    if q.shape[0] == 0:  # SDPA under a mask returns None for no rows in half precision on a GPU
+        return torch.empty_like(q)
     Tn, S = q.shape[1], k_cache.shape[1]
     o_s = torch.arange(S, device=q.device)
     positions = (lengths[:, None] - Tn) + torch.arange(Tn, device=q.device)  # [B, Tn]

@@ -171,7 +171,7 @@ CASES = {
                 dict(M=7, D=60, weight=True),
                 dict(M=5, D=33, eps=1e-3),
                 dict(M=37, D=128),
-                dict(M=1, D=1, weight=True),
+                dict(M=1, D=9, weight=True),  # not one value: how far fp64 may be off cannot be told from one
                 dict(M=130, D=1),
                 dict(M=3, D=1, weight=True),
                 dict(M=67, D=97, weight=True),

@@ -12,12 +12,14 @@ class Tile(NamedTuple):
     """What one program works on at a time: BT rows of BD columns, by `warps` warps of 32 threads.
 
     stages    how many tiles of a loop are on their way from memory at once; 1: each is awaited as it is needed
+    stay      programs a processor that stay and go from tile to tile; None: a program for each tile
     """
 
     BT: int
     BD: int
     warps: int
     stages: int = 1
+    stay: int | None = None
 
 
 def next_power_of_two(n: int) -> int:
@@ -42,36 +44,86 @@ def n_processors(device: torch.device) -> int:
 # takes 128 registers at 16384 and spills 22 of them; at 8192 it spills none.
 WIDEST_BLOCK = 16384
 
-# Shared memory that the stages of one program may take: two programs must fit beside each other on the smallest GPUs we
-# mean to run on (100 KiB a processor on sm_86 and sm_89).
-STAGE_BYTES = 48 * 1024
+# Shared memory that the tiles on their way to one program may take: the smallest GPUs we mean to run on (sm_86 and
+# sm_89) have 100 KiB a processor.
+STAGE_BYTES = 64 * 1024
 
 
-def row_tile(D: int, values_per_warp: int) -> Tile:
-    """Tile of a kernel that goes over whole rows of D ≤ WIDEST_BLOCK values.
+def row_tile(D: int, values: int, warps: int, stages: int = 1, stay: int | None = None) -> Tile:
+    """Tile of a kernel that goes over whole rows of D ≤ WIDEST_BLOCK values, `values` of each tile for each thread.
 
-    Narrow rows share a program, four warps' worth of them, so that each thread has several 16-byte loads in flight.
+    Narrow rows share a program, so that each thread still has several 16-byte loads on their way.
     """
     BD = next_power_of_two(D)
-    warps = min(max(BD // values_per_warp, 4), 16)
-    return Tile(BT=max(1, warps * values_per_warp // BD), BD=BD, warps=warps)
+    return Tile(max(1, 32 * warps * values // BD), BD, warps, stages, stay)
+
+
+def wide_row_tile(D: int, values: int) -> Tile:
+    """Tile for rows wider than those measured: one row, enough warps for `values` a thread."""
+    warps = min(max(next_power_of_two(D) // (32 * values), 4), 16)
+    return row_tile(D, values, warps, stay=max(1, 16 // warps))
+
+
+# Rows up to a width: values a thread, warps[, stages, programs that stay on a processor]. Each was the fastest, or within
+# half a percent of it, in a search over rows × warps × stages × programs on an H200 (copy 4.25 TB/s; µs between events, L2
+# flushed, bf16; the numbers in brackets are for a plain copy of as many bytes).
+FORWARD = {
+    1024: (32, 2),    # 65536 × 768: 52.5 µs (52.4), 4096 × 768: 7.2 (7.6); more rows or warps gain nothing
+    2048: (32, 4),    # 65536 × 1536: 99.2 (98.0); one row of 4 warps 99.8
+    3072: (32, 4),    # 32768 × 2176: 71.4 (71.6); 8 warps 78: half of each warp's lanes lie beyond the row
+    4096: (32, 16),   # 32768 × 4096: 131.2 (128.5); one row of 8 warps 132.4, of 4 warps 140
+}
+BACKWARD = {          # dx alone: dealt out by the GPU, except where a pipeline pays
+    1024: (32, 2, 1, None),   # 65536 × 768: 76.2, 4096 × 768: 9.0
+    2048: (16, 4, 1, None),   # 65536 × 1536: 148.0; in a pipeline 147.4
+    3072: (32, 4, 1, None),   # 32768 × 2176: 107.0; in a pipeline 106.9
+    4096: (16, 16, 3, 1),     # 32768 × 4096: 194.9; without a pipeline 199 or more
+}
+BACKWARD_WITH_DW = {  # times include the sum over programs, 3 to 5 µs of each
+    1024: (16, 4, 4, 3),      # 65536 × 768: 80.7, 4096 × 768: 12.5
+    2048: (16, 4, 4, 3),      # 65536 × 1536: 150.6; 3 stages and 4 programs 151.1
+    3072: (32, 4, 3, 4),      # 32768 × 2176: 111.2; 3 programs 111.6; 8 warps 137
+    4096: (32, 8, 3, 1),      # 32768 × 4096: 199.3; two programs of one row 203
+}
 
 
 def rmsnorm_fwd_tile(D: int) -> Tile:
-    """32 values a thread, that is four loads of bf16: 40 to 80 registers. Not measured yet."""
-    return row_tile(D, values_per_warp=1024)
+    for width, row in FORWARD.items():
+        if width >= D:
+            return row_tile(D, *row)
+    return wide_row_tile(D, values=32)
 
 
-def rmsnorm_bwd_tile(D: int, itemsize: int) -> Tile:
-    """16 values a thread of x and of dy, and as many fp32 sums for dw. Not measured yet.
+def rmsnorm_bwd_tile(D: int, itemsize: int, needs_dw: bool) -> Tile:
+    """Fewer stages than in the table where values are larger than the bf16 it was measured with."""
+    for width, row in (BACKWARD_WITH_DW if needs_dw else BACKWARD).items():
+        if width >= D:
+            tile = row_tile(D, *row)
+            return tile._replace(stages=min(tile.stages, stages_that_fit(tile, itemsize)))
+    tile = wide_row_tile(D, values=16)
+    return tile if needs_dw else tile._replace(stay=None)
 
-    The next two tiles are fetched while one is worked on, as far as shared memory goes.
+
+def stages_that_fit(tile: Tile, itemsize: int) -> int:
+    """Of x and of dy, Triton keeps one buffer fewer than there are stages."""
+    return 1 + STAGE_BYTES // (2 * tile.BT * tile.BD * itemsize)
+
+
+# Rows × columns at a time, and warps, of the sum of dw over programs. 396 programs of 768: 4.6 µs, 3.3 of them hidden
+# behind the kernel before where the GPU can start one kernel while another ends.
+SUM_LINES = Tile(BT=128, BD=16, warps=8)
+
+
+def can_overlap(device: torch.device) -> bool:
+    """Whether a kernel may be started before the one it waits for has ended: Hopper and newer.
+
+    PyTorch's compiler does not pass the request on, so there kernels follow one another.
     """
-    tile = row_tile(D, values_per_warp=512)
-    fits = 2 * 2 * tile.BT * tile.BD * itemsize <= STAGE_BYTES  # x and dy, and one buffer fewer than stages
-    return tile._replace(stages=3 if fits else 1)
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return False
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def resident_programs(device: torch.device, warps: int) -> int:
-    """How many programs fill the GPU when each thread takes 128 registers: 16 warps a processor. Not measured yet."""
-    return n_processors(device) * max(1, 16 // warps)
+def resident_programs(device: torch.device, stay: int) -> int:
+    """How many programs are started when `stay` of them share a processor until the work is done."""
+    return n_processors(device) * stay

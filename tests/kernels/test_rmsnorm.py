@@ -126,12 +126,13 @@ def test_second_derivatives_are_refused(device):
 def test_tiles_cover_the_row_and_fit_the_hardware(D):
     from kernels_triton import launch
 
-    for tile in (launch.rmsnorm_fwd_tile(D), launch.rmsnorm_bwd_tile(D, 2), launch.rmsnorm_bwd_tile(D, 4)):
+    backward = {size: [launch.rmsnorm_bwd_tile(D, size, needs_dw) for needs_dw in (False, True)] for size in (2, 4, 8)}
+    for tile in (launch.rmsnorm_fwd_tile(D), *backward[2], *backward[4], *backward[8]):
         assert launch.next_power_of_two(D) == tile.BD
         assert tile.BD // 2 < D <= tile.BD
         assert 32 * 32 * tile.warps >= tile.BT * tile.BD  # values a thread, threads a warp
         assert tile.warps <= 16
         assert tile.warps & (tile.warps - 1) == 0
-    bwd = launch.rmsnorm_bwd_tile(D, 4)
-    in_flight = 2 * (bwd.stages - 1) * bwd.BT * bwd.BD * 4
-    assert in_flight <= launch.STAGE_BYTES
+    for itemsize, tiles in backward.items():
+        for tile in tiles:
+            assert 2 * (tile.stages - 1) * tile.BT * tile.BD * itemsize <= launch.STAGE_BYTES
