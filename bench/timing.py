@@ -69,14 +69,15 @@ def measure_cpu(calls: dict[str, Call], device: torch.device, rounds: int) -> di
     return samples
 
 
-def host_us(call: Call, rounds: int = 100) -> float:
-    """Microseconds the host needs to queue a call, the GPU idle before: what an eager loop of small calls costs."""
+def host_us(call: Call, rounds: int = 30, calls: int = 20) -> float:
+    """Microseconds the host needs to queue a call, one after the other: what an eager loop of small calls costs."""
     samples = []
     for _ in range(rounds):
         torch.cuda.synchronize()
         begin = time.perf_counter()
-        call()
-        samples.append(1e6 * (time.perf_counter() - begin))
+        for _ in range(calls):
+            call()
+        samples.append(1e6 * (time.perf_counter() - begin) / calls)
     return statistics.median(samples)
 
 

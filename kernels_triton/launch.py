@@ -3,6 +3,7 @@
 All of it is Python on integers, so that torch.compile traces through it and the same shape always launches the same way.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -68,22 +69,16 @@ def wide_row_tile(D: int, values: int) -> Tile:
 # half a percent of it, in a search over rows × warps × stages × programs on an H200 (copy 4.25 TB/s; µs between events, L2
 # flushed, bf16; the numbers in brackets are for a plain copy of as many bytes).
 FORWARD = {
-    1024: (32, 2),    # 65536 × 768: 52.5 µs (52.4), 4096 × 768: 7.2 (7.6); more rows or warps gain nothing
-    2048: (32, 4),    # 65536 × 1536: 99.2 (98.0); one row of 4 warps 99.8
-    3072: (32, 4),    # 32768 × 2176: 71.4 (71.6); 8 warps 78: half of each warp's lanes lie beyond the row
-    4096: (32, 16),   # 32768 × 4096: 131.2 (128.5); one row of 8 warps 132.4, of 4 warps 140
+    3072: (32, 4),    # 65536 × 768: 53.1 µs (52.2), × 1536: 100.2 (99.8), 32768 × 2176: 72.2 (71.8); 8 warps there 79.9
+    4096: (32, 16),   # 32768 × 4096: 131.9 (130.5); 4 warps 135.7: too few bytes on their way
 }
-BACKWARD = {          # dx alone: dealt out by the GPU, except where a pipeline pays
-    1024: (32, 2, 1, None),   # 65536 × 768: 76.2, 4096 × 768: 9.0
-    2048: (16, 4, 1, None),   # 65536 × 1536: 148.0; in a pipeline 147.4
-    3072: (32, 4, 1, None),   # 32768 × 2176: 107.0; in a pipeline 106.9
-    4096: (16, 16, 3, 1),     # 32768 × 4096: 194.9; without a pipeline 199 or more
+BACKWARD = {          # dx alone: dealt out by the GPU; programs that stay, with a pipeline, take 3 % longer
+    4096: (16, 4),    # 65536 × 768: 75.8 (75.9), × 1536: 143.0 (146.8), 32768 × 2176: 104.0 (104.4), × 4096: 190.4 (194.3)
 }
-BACKWARD_WITH_DW = {  # times include the sum over programs, 3 to 5 µs of each
-    1024: (16, 4, 4, 3),      # 65536 × 768: 80.7, 4096 × 768: 12.5
-    2048: (16, 4, 4, 3),      # 65536 × 1536: 150.6; 3 stages and 4 programs 151.1
-    3072: (32, 4, 3, 4),      # 32768 × 2176: 111.2; 3 programs 111.6; 8 warps 137
-    4096: (32, 8, 3, 1),      # 32768 × 4096: 199.3; two programs of one row 203
+BACKWARD_WITH_DW = {  # the sum over programs included, 3 to 5 µs of each
+    2048: (16, 4, 4, 3),      # 65536 × 768: 80.9 (75.6), × 1536: 150.8 (146.2); 3 stages and 4 programs 82.0, 152.5
+    3072: (32, 4, 3, 4),      # 32768 × 2176: 111.7 (104.1); 4 stages and 2 programs 112.9
+    4096: (32, 8, 3, 1),      # 32768 × 4096: 199.9 (194.3); two programs 203.5
 }
 
 
@@ -119,8 +114,11 @@ def can_overlap(device: torch.device) -> bool:
 
     PyTorch's compiler does not pass the request on, so there kernels follow one another.
     """
-    if device.type != "cuda" or torch.compiler.is_compiling():
-        return False
+    return device.type == "cuda" and not torch.compiler.is_compiling() and is_hopper_or_newer(device)
+
+
+@cache  # asked at every backward pass
+def is_hopper_or_newer(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 

@@ -246,23 +246,28 @@ def _rmsnorm_wide_bwd(
     return sum_lines(lines, w.dtype)
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """[T, D] with the values of each row next to each other; rows may be far apart."""
+def as_rows(x: Tensor) -> Tensor:
+    """[..., D] → [T, D] with the values of each row next to each other; rows may be far apart."""
+    x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 class _RMSNorm(torch.autograd.Function):
+    """Reshapes inside, where autograd does not have to record it."""
+
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, w: Tensor | None, eps: float) -> Tensor:
-        y, r = _rmsnorm_fwd(x, w, eps)
-        ctx.save_for_backward(x, w, r)
-        return y
+        rows = as_rows(x)
+        y, r = _rmsnorm_fwd(rows, w, eps)
+        ctx.save_for_backward(rows, w, r)
+        return y.view(x.shape)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, w, r = ctx.saved_tensors
-        return *_rmsnorm_bwd(x, w, r, side_by_side(dy), *ctx.needs_input_grad[:2]), None
+        rows, w, r = ctx.saved_tensors
+        dx, dw = _rmsnorm_bwd(rows, w, r, as_rows(dy), *ctx.needs_input_grad[:2])
+        return dx if dx is None else dx.view(dy.shape), dw, None
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
@@ -276,4 +281,4 @@ def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Te
     if not eps >= 0:
         raise ValueError(f"rmsnorm eps must not be negative, got {eps}")
     weight = weight if weight is None else weight.contiguous()
-    return _RMSNorm.apply(side_by_side(x.reshape(-1, x.shape[-1])), weight, float(eps)).view(x.shape)
+    return _RMSNorm.apply(x, weight, float(eps))

@@ -1,0 +1,68 @@
+"""Draw a bench: `python -m bench.plot rmsnorm` turns bench/results/rmsnorm.csv into bench/figures/rmsnorm.png.
+
+One group of bars per shape, one bar per candidate, forward above backward: the share of the machine's copy bandwidth,
+counting each input read once and each output written once. The line is a copy of just as many bytes. Tiles that lost
+a search stay in the CSV and out of the picture.
+"""
+
+import argparse
+import csv
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+
+from bench.kernels import COPY, RESULTS
+
+FIGURES = Path(__file__).parent / "figures"
+COLOURS = {"torch": "#9aa5b1", "torch.compile": "#6b7c93", "liger": "#e0a458", "triton": "#c8553d"}
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    figure, axes = plt.subplots(len(directions), 1, figsize=(11, 3.4 * len(directions)), sharex=True, squeeze=False)
+    for axis, direction in zip(axes[:, 0], directions, strict=True):
+        draw_direction(axis, [row for row in rows if row["direction"] == direction])
+        axis.set_ylabel(f"{direction}: share of copy")
+    axes[0, 0].legend(ncol=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+    card = rows[0]
+    figure.text(
+        0.99, 0.005, f"{card['device']}, copy {float(card['copy_gbps']) / 1e3:.2f} TB/s, {card['dtype']}, "
+        f"torch {card['torch']}, triton {card['triton']}, commit {card['commit']}", ha="right", fontsize=7,
+    )  # fmt: skip
+    figure.tight_layout(rect=(0, 0.015, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    share = {(row["shape"], row["candidate"]): float(row["share_of_copy"]) for row in rows}
+    width = 0.8 / len(COLOURS)
+    for i, (name, colour) in enumerate(COLOURS.items()):
+        places = [
+            (j + (i - (len(COLOURS) - 1) / 2) * width, share.get((shape, name))) for j, shape in enumerate(shapes)
+        ]
+        there = [(x, y) for x, y in places if y is not None]
+        axis.bar([x for x, _ in there], [y for _, y in there], width, label=name, color=colour)
+    for j, shape in enumerate(shapes):
+        if (shape, COPY) in share:
+            axis.hlines(share[shape, COPY], j - 0.45, j + 0.45, color="black", lw=1, label=COPY if j == 0 else None)
+    axis.set_xticks(range(len(shapes)), [shape.replace(" weight=", "\nweight ") for shape in shapes], fontsize=7)
+    axis.set_ylim(0, 1.1)
+    axis.grid(axis="y", lw=0.3)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("op")
+    op = parser.parse_args().op
+    with (RESULTS / f"{op}.csv").open() as file:
+        draw(list(csv.DictReader(file)), FIGURES / f"{op}.png")
+
+
+if __name__ == "__main__":
+    main()
