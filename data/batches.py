@@ -57,8 +57,8 @@ def pretrain_batches(
     """
     if bos_id is not None and bos_id != shards.bos_id:
         raise KestrelError(f"these tokens were made with BOS {shards.bos_id}, but the tokenizer's is {bos_id}")
-    reader = RowReader(shards, sequence_len, seed, state)
     make = _BatchMaker(shards, batch_size, sequence_len, with_doc_ids, torch.device(device).type == "cuda")
+    reader = RowReader(shards, sequence_len, seed, state)
 
     def batches() -> Iterator[Batch]:
         while True:
@@ -145,19 +145,27 @@ def _read_state(state: dict[str, Any], identity: dict[str, Any]) -> tuple[int, i
     try:
         for key, value in {"version": STATE_VERSION, **identity}.items():
             if state[key] != value:
-                raise KestrelError(
-                    f"this run read its data with {key}={state[key]}, and now it is {value}: go on with what it had, "
-                    "or start anew with resume=never"
-                )
+                raise _other_stream(key, state[key], value)
         chunk = state["chunk"]
         position = Position(chunk["epoch"], chunk["cursor"], tuple(chunk["buffer"]))
         numbers = [state["row"], state["used"], position.epoch, position.cursor, *position.buffer]
         good = all(type(number) is int and number >= 0 for number in numbers)
     except (KeyError, TypeError) as error:
         raise _bad_state(f"{type(error).__name__}: {error}") from error
-    if not good or list(position.buffer) != sorted({*position.buffer} & {*range(position.cursor)}):
+    if (
+        not good
+        or list(position.buffer) != sorted(set(position.buffer))
+        or max(position.buffer, default=-1) >= position.cursor
+    ):
         raise _bad_state("its numbers do not fit together")
     return state["row"], state["used"], position
+
+
+def _other_stream(key: str, then: Any, now: Any) -> KestrelError:
+    what = f"it read its data with {key}={then}, and now that is {now}"
+    if key == "data":
+        what = "its training tokens were other ones (other files, or another tokenizer)"
+    return KestrelError(f"this run cannot go on where it stopped: {what}; give it what it had, or set resume=never")
 
 
 def _bad_state(why: str) -> KestrelError:
@@ -169,8 +177,7 @@ def _validation_rows(shards: TokenShards, sequence_len: int, limit: int | None) 
     epoch, position = make_epoch(shards.lengths, sequence_len + 1, 0, seed=0), Position()
     read = 0
     while position.epoch == 0 and (limit is None or read < limit):
-        # never more pieces than the epoch has: a tiny set would be planned over and over again
-        rows, position, _ = plan_chunk(epoch, position, min(len(epoch), 4096))
+        rows, position, _ = plan_chunk(epoch, position)
         pieces = int(np.searchsorted(rows.epoch, 1))  # of this epoch
         count = int(np.searchsorted(rows.splits, pieces, side="right")) - 1
         count = max(count, 1 if read == 0 else 0)

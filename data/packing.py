@@ -8,8 +8,9 @@ this epoch. Ties go to the piece that came first. This is nanochat's loader with
                         is lost, a single huge one is used whole, and none can clog the buffer. The cuts move from epoch
                         to epoch, so that a text seen many times is not always cut at the same words.
     epochs              The buffer empties before the next epoch begins, so every piece has its turn in every epoch.
-    order               Pieces come in an order shuffled anew each epoch, and rows are shuffled within a chunk (a small
-                        set would otherwise begin with its longest documents every time).
+    order               Pieces come in an order shuffled anew each epoch, and rows are shuffled within a chunk, which
+                        ends with the epoch at the latest (a small set would otherwise begin with its longest documents
+                        every time).
 
 Everything here is arithmetic on document lengths, and a pure function of where it starts: the same `Position` gives the
 same rows on every machine and every rank. The shuffle is a Feistel network over the indices, not a library's generator
@@ -75,6 +76,10 @@ class Epoch:
     def __len__(self) -> int:
         return len(self.lengths) if self.starts is None else int(self.starts[-1])
 
+    def following(self) -> "Epoch":
+        """The next pass."""
+        return make_epoch(self.lengths, self.capacity, self.number + 1, self.seed)
+
     def pieces(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The pieces at some places of the order: their document, first token, and length with BOS."""
         number = shuffled(places, len(self), hash_of(self.seed, self.number))
@@ -102,7 +107,7 @@ def make_epoch(lengths: np.ndarray, capacity: int, number: int, seed: int) -> Ep
 
 
 def plan_chunk(epoch: Epoch, position: Position, chunk_pieces: int = CHUNK_PIECES) -> tuple[Rows, Position, Epoch]:
-    """Fill rows from `position` on, until `chunk_pieces` pieces are placed and a row is full.
+    """Fill rows from `position` on, until `chunk_pieces` pieces are placed or the epoch ends, and a row is full.
 
     epoch   the epoch of `position`
     → the rows, in the order they were filled; the position after them; and its epoch
@@ -113,7 +118,7 @@ def plan_chunk(epoch: Epoch, position: Position, chunk_pieces: int = CHUNK_PIECE
     takes: list[int] = []
     splits = [0]
     epochs: list[tuple[Epoch, int]] = [(epoch, 0)]  # and how many pieces were placed before it
-    while len(keys) < chunk_pieces:
+    while len(keys) < chunk_pieces and epoch.number == position.epoch and (waiting or cursor < len(epoch)):
         room = capacity
         while room:
             if len(waiting) < BUFFER:
@@ -122,7 +127,7 @@ def plan_chunk(epoch: Epoch, position: Position, chunk_pieces: int = CHUNK_PIECE
                     cursor += len(entering)
                     waiting = sorted(waiting + _sort_keys(epoch, entering))  # two sorted runs: a merge
                 elif not waiting:
-                    epoch, cursor = make_epoch(epoch.lengths, capacity, epoch.number + 1, epoch.seed), 0
+                    epoch, cursor = epoch.following(), 0
                     epochs.append((epoch, len(keys)))
                     continue
             index = bisect_left(waiting, (room + 1) << ORDER_BITS) - 1  # the largest that fits
@@ -135,8 +140,11 @@ def plan_chunk(epoch: Epoch, position: Position, chunk_pieces: int = CHUNK_PIECE
             takes.append(take)
             room -= take
         splits.append(len(keys))
-    buffer = tuple(ORDER_MASK - (key & ORDER_MASK) for key in waiting)
-    return _to_rows(epochs, keys, takes, splits), Position(epoch.number, cursor, tuple(sorted(buffer))), epoch
+    rows = _to_rows(epochs, keys, takes, splits)
+    if not waiting and cursor == len(epoch):
+        epoch, cursor = epoch.following(), 0
+    buffer = sorted(ORDER_MASK - (key & ORDER_MASK) for key in waiting)
+    return rows, Position(epoch.number, cursor, tuple(buffer)), epoch
 
 
 def _sort_keys(epoch: Epoch, places: np.ndarray) -> list[int]:
