@@ -91,8 +91,9 @@ def rmsnorm_tiles() -> dict[str, dict[str, Callable]]:
     launch = import_module("kernels_triton.launch")
     choices = {f"forward {row}": (row, None) for row in ((16, 4), (32, 2), (32, 4), (32, 8), (32, 16), (64, 4))}
     backward = (
-        (16, 4, 1, None), (16, 8, 1, None), (16, 16, 1, None), (16, 2, 1, 8), (16, 4, 1, 6), (16, 4, 2, 4), (16, 2, 3, 8),
-        (16, 4, 3, 4), (16, 4, 4, 3), (16, 16, 3, 1), (32, 4, 1, 4), (32, 4, 3, 4), (32, 8, 3, 1), (32, 8, 2, 2),
+        (16, 4, 1, None), (16, 8, 1, None), (16, 16, 1, None), (16, 2, 1, 8), (16, 4, 1, 6), (16, 4, 2, 4),
+        (16, 2, 3, 8), (16, 4, 3, 4), (16, 4, 4, 3), (16, 16, 3, 1), (32, 4, 1, 4), (32, 4, 3, 4), (32, 8, 3, 1),
+        (32, 8, 2, 2),
     )  # fmt: skip
     choices |= {f"backward {row}": (None, row) for row in backward}
     return {name: tile_changes(launch, *rows) for name, rows in choices.items()}

@@ -51,7 +51,7 @@ def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:
     for j, shape in enumerate(shapes):
         if (shape, COPY) in share:
             axis.hlines(share[shape, COPY], j - 0.45, j + 0.45, color="black", lw=1, label=COPY if j == 0 else None)
-    axis.set_xticks(range(len(shapes)), [shape.replace(" weight=", "\nweight ") for shape in shapes], fontsize=7)
+    axis.set_xticks(range(len(shapes)), [shape.replace(" weight=", "\nweight ") for shape in shapes], fontsize=6)
     axis.set_ylim(0, 1.1)
     axis.grid(axis="y", lw=0.3)
 

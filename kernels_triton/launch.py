@@ -67,18 +67,18 @@ def wide_row_tile(D: int, values: int) -> Tile:
 
 # Rows up to a width: values a thread, warps[, stages, programs that stay on a processor]. Each was the fastest, or within
 # half a percent of it, in a search over rows × warps × stages × programs on an H200 (copy 4.25 TB/s; µs between events, L2
-# flushed, bf16; the numbers in brackets are for a plain copy of as many bytes).
+# flushed, bf16; in brackets a plain copy of as many bytes; all of it in bench/results/rmsnorm.csv).
 FORWARD = {
-    3072: (32, 4),    # 65536 × 768: 53.1 µs (52.2), × 1536: 100.2 (99.8), 32768 × 2176: 72.2 (71.8); 8 warps there 79.9
-    4096: (32, 16),   # 32768 × 4096: 131.9 (130.5); 4 warps 135.7: too few bytes on their way
+    3072: (32, 4),    # 65536 × 768: 53.9 µs (52.9), × 1536: 101.5 (98.7), 32768 × 2176: 72.6 (72.2)
+    4096: (32, 16),   # 32768 × 4096: 133.3 (131.4); 4 warps 135.8: too few bytes on their way
 }
 BACKWARD = {          # dx alone: dealt out by the GPU; programs that stay, with a pipeline, take 3 % longer
-    4096: (16, 4),    # 65536 × 768: 75.8 (75.9), × 1536: 143.0 (146.8), 32768 × 2176: 104.0 (104.4), × 4096: 190.4 (194.3)
+    4096: (16, 4),    # 65536 × 768: 76.5 (75.7), × 1536: 142.8 (146.2), 32768 × 2176: 104.0 (105.0), × 4096: 190.5 (194.2)
 }
 BACKWARD_WITH_DW = {  # the sum over programs included, 3 to 5 µs of each
-    2048: (16, 4, 4, 3),      # 65536 × 768: 80.9 (75.6), × 1536: 150.8 (146.2); 3 stages and 4 programs 82.0, 152.5
-    3072: (32, 4, 3, 4),      # 32768 × 2176: 111.7 (104.1); 4 stages and 2 programs 112.9
-    4096: (32, 8, 3, 1),      # 32768 × 4096: 199.9 (194.3); two programs 203.5
+    2048: (16, 4, 4, 3),      # 65536 × 768: 81.7 (75.5), × 1536: 150.6 (146.6); 3 stages and 4 programs 82.2, 152.2
+    3072: (32, 4, 3, 4),      # 32768 × 2176: 112.2 (105.2); 16 values 112.5
+    4096: (32, 8, 3, 1),      # 32768 × 4096: 201.2 (193.1); 2 stages and 2 programs 202.6
 }
 
 
@@ -104,8 +104,8 @@ def stages_that_fit(tile: Tile, itemsize: int) -> int:
     return 1 + STAGE_BYTES // (2 * tile.BT * tile.BD * itemsize)
 
 
-# Rows × columns at a time, and warps, of the sum of dw over programs. 396 programs of 768: 4.6 µs, 3.3 of them hidden
-# behind the kernel before where the GPU can start one kernel while another ends.
+# Rows × columns at a time, and warps, of the sum of dw over programs. It adds 3 to 5 µs to backward; that the GPU may start
+# it while the kernel before ends saves 1.4 of them.
 SUM_LINES = Tile(BT=128, BD=16, warps=8)
 
 
