@@ -66,7 +66,7 @@ def wide_row_tile(D: int, values: int) -> Tile:
 
 
 # Rows up to a width: values a thread, warps[, stages, programs that stay on a processor]. Each was the fastest, or within
-# half a percent of it, in a search over rows × warps × stages × programs on an H200 (copy 4.25 TB/s; µs between events, L2
+# one percent of it, in a search over rows × warps × stages × programs on an H200 (copy 4.25 TB/s; µs between events, L2
 # flushed, bf16; in brackets a plain copy of as many bytes; all of it in bench/results/rmsnorm.csv).
 FORWARD = {
     3072: (32, 4),    # 65536 × 768: 53.9 µs (52.9), × 1536: 101.5 (98.7), 32768 × 2176: 72.6 (72.2)
