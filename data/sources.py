@@ -64,13 +64,14 @@ class FablesConfig(DataConfig):
     """Stories made up by data/fables.py."""
 
     name: str = "fables"
+    val_fraction: float = 0.05  # how much validation text for so much training text
     seed: int = 1
     megabytes: float = 10.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.megabytes <= 10_000:
-            raise KestrelError(f"data.megabytes must be positive and at most 10000, got {self.megabytes}")
+        if not 0.01 <= self.megabytes <= 10_000:
+            raise KestrelError(f"data.megabytes must be 0.01 to 10000, got {self.megabytes}")
         if self.seed < 0:
             raise KestrelError(f"data.seed must not be negative, got {self.seed}")
 
@@ -112,6 +113,11 @@ class ClimbmixConfig(HubConfig):
         super().__post_init__()
         if self.n_shards != -1 and not 1 <= self.n_shards <= CLIMBMIX_LAST_SHARD:
             raise KestrelError(f"data.n_shards must be 1 to {CLIMBMIX_LAST_SHARD}, or -1 for all, got {self.n_shards}")
+        if self.val_fraction != DataConfig.val_fraction:
+            raise KestrelError(
+                f"data.val_fraction={self.val_fraction} means nothing for climbmix, whose last shard validates: "
+                "leave it out"
+            )
         if not 1 <= self.workers <= 64:
             raise KestrelError(f"data.workers must be 1 to 64, got {self.workers}")
 
@@ -160,8 +166,8 @@ class FablesSource:
 
     def __init__(self, config: FablesConfig) -> None:
         self.name, self.config = config.name, config
-        # enough to judge by, and never so much that generating it takes longer than reading it
-        self.megabytes = {"train": config.megabytes, "val": min(1.0, config.megabytes / 20)}
+        # made beside the training text and not taken from it; some twenty stories at least
+        self.megabytes = {"train": config.megabytes, "val": max(0.02, config.megabytes * config.val_fraction)}
 
     @cached_property
     def fingerprint(self) -> str:
