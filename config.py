@@ -1,8 +1,8 @@
-"""From YAML and the command line to one typed object, with every mistake answered in one line before anything is loaded.
+"""From YAML and the command line to one typed object; every mistake is answered in one line, before anything is loaded.
 
-Each part of the project keeps its own dataclass beside the code that reads it; this file only gathers them into
-`RunConfig` and `InferConfig`, registers them as Hydra schemas (so that an unknown or mistyped key stops here), and runs a
-command with the composed result. Hydra and OmegaConf are known to this file and to nothing below it.
+Each part of the project keeps its dataclass beside the code that reads it; this file only gathers them into
+`RunConfig` and `InferConfig`, registers them as Hydra schemas (so that an unknown or mistyped key stops here), and runs
+a command with the composed result. Hydra and OmegaConf are known to this file and to nothing below it.
 
 Configs that come out of a checkpoint are data: they are read as JSON and never composed or instantiated.
 """
@@ -127,7 +127,7 @@ def to_typed(cfg: DictConfig, config_name: str) -> Any:
     """Resolve interpolations and build the dataclasses, whose `__post_init__` checks ranges."""
     root = {"train": RunConfig, "infer": InferConfig}[config_name]
     names = [f.name for f in fields(root)]
-    refuse_additions(cfg, names + ["hydra"])
+    refuse_additions(cfg, [*names, "hydra"])
     parts = OmegaConf.masked_copy(cfg, names)
     if missing := OmegaConf.missing_keys(parts):
         raise KestrelError(f"no {sorted(missing)[0]} is chosen: every group needs one, for example model=d2")
@@ -155,7 +155,8 @@ def run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[s
     """
     register()
     argv, raw = split_raw(sys.argv[1:], raw_keys)
-    sys.argv[1:] = [quote_path(item) for item in argv]
+    # argparse takes overrides in one piece, so `model=d6 -m seed=1,2` needs its flag in front
+    sys.argv[1:] = sorted((quote_path(item) for item in argv), key=lambda item: item not in ("-m", "--multirun"))
     try:
         args = get_args_parser().parse_args(sys.argv[1:])
         if not (args.multirun or args.help or args.hydra_help):

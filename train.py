@@ -1,6 +1,5 @@
 """Train a model: `python train.py model=d6 data=tinystories`, under torchrun on several GPUs. A run, top to bottom."""
 
-# ruff: noqa: E402
 import os
 
 # OpenMP threads that find nothing to do spin by default; on a machine with other work, small models then train at a
@@ -233,10 +232,11 @@ def say_goodbye(path: Path, horizon: Horizon, state: TrainState, complete: bool)
     if not complete:
         print_main(f"saved at step {state.step} of {horizon.num_iterations}; the same command goes on from there")
         return
-    scores = [row["val_bpb"] for row in read_rows(path / "metrics.jsonl") if "val_bpb" in row]
+    scores = {row["step"]: row["val_bpb"] for row in read_rows(path / "metrics.jsonl") if "val_bpb" in row}
+    untrained = f", untrained {scores[0]:.4f}" if 0 in scores else ""
     print_main(
         f"complete: {state.step} steps, {state.tokens_seen:,} tokens, {state.elapsed_s:.0f} s of training; validation "
-        f"{scores[-1]:.4f} bits per byte (best {state.best_bpb:.4f}, untrained {scores[0]:.4f})"
+        f"{scores[max(scores)]:.4f} bits per byte (best {state.best_bpb:.4f}{untrained})"
     )
     print_main(
         f"everything is in {path}: " + ", ".join(sorted(file.name for file in path.iterdir() if file.name[0] != "."))

@@ -35,7 +35,7 @@ def config_to_dict(config: ModelConfig) -> dict:
 
 
 def config_from_dict(values: dict) -> ModelConfig:
-    """The inverse of config_to_dict. What comes out of a checkpoint is data: an unknown family, key or type is refused."""
+    """The inverse of config_to_dict, for data out of a checkpoint: an unknown family, key or type is refused."""
     values = dict(values)
     family = values.pop("family", None)
     if family not in FAMILY_NAMES:
@@ -46,7 +46,7 @@ def config_from_dict(values: dict) -> ModelConfig:
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(values) - set(known)):
         raise KestrelError(
-            f"the checkpoint's model has keys this Kestrel does not know: {', '.join(map(str, unknown))[:200]}"
+            f"the checkpoint's model has keys unknown here: {', '.join(map(str, unknown))[:200]}"
         )
     for key, value in values.items():
         default = known[key].default

@@ -69,9 +69,9 @@ class NanochatConfig(ModelConfig):
             len(self.window_pattern) > 0 and set(self.window_pattern) <= set("SL"),
             f"model.window_pattern must be made of S (short) and L (long), got {self.window_pattern!r}",
         )
-        for name in ("ve_gate_channels", "smear_channels"):
+        for name, switch in (("ve_gate_channels", self.value_embeds), ("smear_channels", self.smear)):
             value = getattr(self, name)
-            require(value <= self.n_embd, f"model.{name}={value} is more than the model's width of {self.n_embd}")
+            require(not switch or value <= self.n_embd, f"model.{name}={value} is more than the model's width of {self.n_embd}")
 
     @property
     def n_layer(self) -> int:

@@ -66,6 +66,7 @@ class MuonAdamWConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(self.name == "muon_adamw", "name", "muon_adamw here (optim=adamw chooses the other)", repr(self.name))
         _check_positive(self, ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr"))
         _check(self.max_weight_decay >= 0, "max_weight_decay", "0 or more", self.max_weight_decay)
 
@@ -87,6 +88,7 @@ class AdamWConfig(OptimConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check(self.name == "adamw", "name", "adamw here (optim=muon_adamw chooses the other)", repr(self.name))
         _check_positive(self, ("lr", "eps"))
         for key in ("beta1", "beta2"):
             _check(0 <= getattr(self, key) < 1, key, "in [0, 1)", getattr(self, key))

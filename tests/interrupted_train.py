@@ -1,4 +1,4 @@
-"""train.py that sends itself SIGTERM when its n-th step begins: `python interrupted_train.py N overrides…`.
+"""train.py that sends itself SIGTERM when its n-th step begins: `python -m tests.interrupted_train N …`.
 
 Exact where a timer would not be, and through the real signal handler.
 """

@@ -1,6 +1,6 @@
 """How close is close enough: as close as plain PyTorch gets in the same dtype, judged from fp64.
 
-No tolerance here is chosen by hand. `plain` is the reference run in the tested dtype, `exact` the reference run in fp64;
+No tolerance here is chosen by hand. `plain` is the reference run in the tested dtype, `exact` the reference in fp64;
 the kernel may err `slack` times as much as `plain` does. Two rules, because each misses what the other sees: the RMS
 catches a scale that is off by one percent, the maximum catches a single wrong element.
 """

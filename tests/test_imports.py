@@ -72,7 +72,7 @@ def test_every_folder_has_its_arrows():
 
 @pytest.mark.parametrize("blocked", ["triton", "hydra", "datasets", "matplotlib"])
 def test_torch_path_works_without(blocked: str):
-    """The model, its reference kernels, the data stream and the engine import and run with an optional library absent."""
+    """Model, reference kernels, data stream and engine import and run with an optional library absent."""
     program = f"""
 import sys
 sys.modules[{blocked!r}] = None          # makes `import {blocked}` fail

@@ -181,6 +181,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "revision": Flip("another", "tokens"),
     },
     "train ClimbmixConfig": ANY_DATA | {
+        "val_fraction": Flip("0.5", "tokens", refused=True),
         "repo": Flip("birds/two", "tokens"),
         "revision": Flip("r2", "tokens"),
         "n_shards": Flip("2", "tokens"),
@@ -267,10 +268,6 @@ FLIPS: dict[str, dict[str, Flip]] = {
     },
 }  # fmt: skip
 
-# Defects: the day one is mended its test fails, and its row goes.
-WITHOUT_EFFECT = {("train ClimbmixConfig", "val_fraction"): "its last file always validates"}
-
-
 # --------------------------------------------------------------------------------------------------- the table is whole
 
 
@@ -314,9 +311,7 @@ def test_the_table_has_every_group_that_leaves_a_choice():
 def rows() -> Iterator[Any]:
     for owner, flips in FLIPS.items():
         for key in flips:
-            reason = WITHOUT_EFFECT.get((owner, key))
-            marks = [pytest.mark.xfail(reason=reason, strict=True)] if reason else []
-            yield pytest.param(owner, key, marks=marks, id=f"{owner} {key}")
+            yield pytest.param(owner, key, id=f"{owner} {key}")
 
 
 @pytest.mark.parametrize(("owner", "key"), list(rows()))

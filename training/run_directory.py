@@ -4,8 +4,8 @@
     resume=never   begins anew; a folder that already holds checkpoints is left alone and `-2`, `-3`, … is appended
     resume=PATH    begins a new folder (named as above) from the weights, optimizer and data position of that checkpoint
 
-One process trains in a folder at a time (a lock says so), and going on with a different model, tokenizer, data set, kind
-of optimizer or seed is refused: it would be another run under the same name.
+One process trains in a folder at a time (a lock says so), and going on with a different model, tokenizer, data set,
+kind of optimizer or seed is refused: it would be another run under the same name.
 """
 
 import contextlib
