@@ -41,22 +41,22 @@ def is_offline_by_choice() -> bool:
     return any(value.strip().lower() in ("1", "true", "yes", "on") for value in values)
 
 
-def is_reachable(url: str, timeout_s: float = PROBE_TIMEOUT_S) -> bool:
-    """Whether the host of `url` answers anything at all within the time, proxies included.
+def is_reachable(url: str) -> bool:
+    """Whether the host of `url` answers anything at all within PROBE_TIMEOUT_S, through proxies if there are any.
 
     In a thread of its own, since no time-out bounds a DNS look-up; one that hangs is left behind.
     """
     answers: list[bool] = []
-    thread = threading.Thread(target=lambda: answers.append(_answers(url, timeout_s)), daemon=True)
+    thread = threading.Thread(target=lambda: answers.append(_answers(url)), daemon=True)
     thread.start()
-    thread.join(timeout_s)
+    thread.join(PROBE_TIMEOUT_S)
     return bool(answers and answers[0])
 
 
-def _answers(url: str, timeout_s: float) -> bool:
+def _answers(url: str) -> bool:
     request = urllib.request.Request(url, method="HEAD", headers=HEADERS)
     try:
-        urllib.request.urlopen(request, timeout=timeout_s).close()
+        urllib.request.urlopen(request, timeout=PROBE_TIMEOUT_S).close()
     except urllib.error.HTTPError:
         return True  # it refuses this request, but it is there
     except (OSError, HTTPException, ValueError):

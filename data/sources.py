@@ -17,6 +17,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from itertools import islice
@@ -26,7 +27,7 @@ from typing import Any, NamedTuple, Optional, Protocol
 from data import download
 from data.files import default_cache_dir, locked, publish
 from data.gutenberg import strip_gutenberg
-from data.text_files import find_files, is_validation, read_documents
+from data.text_files import VALIDATION_WORDS, find_files, has_word, read_documents
 from errors import KestrelError
 
 FEW_DOCUMENTS = 100
@@ -268,9 +269,13 @@ def _checked(documents: Iterator[str], what: str, split: str) -> Iterator[str]:
 
 def _from_files(config: DataConfig, files: list[Path]) -> FilesSource:
     """Sort files into the splits by data.val_files or by their names."""
-    val_files = (
-        find_files(config.val_files, "data.val_files") if config.val_files else [f for f in files if is_validation(f)]
-    )
+    if config.val_files:
+        val_files = find_files(config.val_files, "data.val_files")
+    else:
+        val_files = [file for file in files if has_word(file, VALIDATION_WORDS)]
+        if val_files and (tests := [file for file in files if has_word(file, {"test"})]):
+            print(f"note: left out as test data: {', '.join(file.name for file in tests)}", file=sys.stderr)
+            files = [file for file in files if file not in tests]
     train_files = [file for file in files if file not in val_files]
     if isinstance(config, ClimbmixConfig) and not val_files:
         train_files, val_files = files[:-1], files[-1:]
@@ -291,11 +296,14 @@ def _text_mark(text: str) -> float:
 
 
 def _file_mark(path: Path) -> list[Any]:
-    status = path.stat()
-    with open(path, "rb") as handle:
-        head = handle.read(4096)
-        handle.seek(max(0, status.st_size - 4096))
-        ends = hashlib.sha256(head + handle.read(4096)).hexdigest()
+    try:
+        status = path.stat()
+        with open(path, "rb") as handle:
+            head = handle.read(4096)
+            handle.seek(max(0, status.st_size - 4096))
+            ends = hashlib.sha256(head + handle.read(4096)).hexdigest()
+    except OSError as error:
+        raise KestrelError(f"cannot read {path}: {error.strerror or error}") from error
     return [path.name, status.st_size, status.st_mtime_ns, ends]
 
 
@@ -318,16 +326,26 @@ def _fetched_files(config: HubConfig | BookConfig) -> list[Path]:
     if not _training_files(folder):
         address = config.url if isinstance(config, BookConfig) else f"{download.hub_endpoint()}/datasets/{config.repo}"
         _require_network(config, address, "nothing")
-        with locked(folder / ".lock"):
+        with _fetching_into(folder):
             if not _training_files(folder):
                 _fetch_book(config, folder) if isinstance(config, BookConfig) else _fetch_hub(config, folder)
     return find_files([str(folder)])
 
 
+@contextmanager
+def _fetching_into(folder: Path) -> Iterator[None]:
+    """One process at a time; a disk that refuses is an error like any other."""
+    try:
+        with locked(folder / ".lock"):
+            yield
+    except OSError as error:
+        raise KestrelError(f"cannot write to {folder}: {error.strerror or error}; set data.cache_dir") from error
+
+
 def _training_files(folder: Path) -> list[Path]:
     """Validation is fetched first, so a training file means that the set is whole."""
     try:
-        return [file for file in find_files([str(folder)]) if not is_validation(file)]
+        return [file for file in find_files([str(folder)]) if not has_word(file, VALIDATION_WORDS)]
     except KestrelError:
         return []
 
@@ -402,7 +420,7 @@ def _climbmix(config: ClimbmixConfig) -> FilesSource:
     if missing:
         base = f"{download.hub_endpoint()}/datasets/{config.repo}/resolve/{config.revision}"
         _require_network(config, f"{base}/{missing[-1]}", f"{len(names) - len(missing)} of {len(names)} shards")
-        with locked(folder / ".lock"):
+        with _fetching_into(folder):
             _fetch_shards(config, base, folder, missing)
     files = [folder / name for name in names]
     return FilesSource(config.name, files[:-1], files[-1:], config.val_fraction, config.column)

@@ -29,7 +29,7 @@ SEPARATOR = "<|endoftext|>"
 SUFFIXES = (".txt", ".txt.gz", ".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 MAX_DOCUMENT = 1 << 24  # characters
 BLOCK = 1 << 20  # bytes
-VALIDATION_WORDS = {"val", "valid", "validation"}
+VALIDATION_WORDS = {"val", "valid", "validation"}  # in the names of files that are held out
 
 _reported: set[tuple[Path, int]] = set()  # files whose bad bytes have been told of; they are read more than once
 
@@ -63,9 +63,9 @@ def _is_visible(file: Path, folder: Path) -> bool:
     return file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
 
 
-def is_validation(path: Path) -> bool:
-    """Whether a file's name has the word val, valid or validation: `stories_valid.txt`, not `carnival.txt`."""
-    return not VALIDATION_WORDS.isdisjoint(re.split(r"[^a-z]+", path.name.lower()))
+def has_word(path: Path, words: set[str]) -> bool:
+    """Whether a file's name has one of the words: `stories_valid.txt` has "valid", `invalid.txt` does not."""
+    return not words.isdisjoint(re.split(r"[^a-z]+", path.name.lower()))
 
 
 def read_documents(path: Path, column: str) -> Iterator[str]:
