@@ -95,7 +95,7 @@ def test_a_run_leaves_everything_behind(straight: Path):
     rows = list(csv.DictReader((straight / "metrics.csv").open()))
     assert len(rows) >= 23  # 20 steps and validations at 0, 10 and 20
     (environment,) = json.loads((straight / "environment.json").read_text())
-    assert environment["torch"] == torch.__version__
+    assert environment["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 def test_a_run_says_where_things_are_and_what_ran(straight: Path):

@@ -396,7 +396,7 @@ def test_environment_keeps_every_start_and_names_nobody(tmp_path: Path):
         Reporter(tmp_path, num_steps=N).environment(facts | {"number": number})
     text = (tmp_path / "environment.json").read_text()
     assert [entry["number"] for entry in json.loads(text)] == [0, 1]
-    assert facts["torch"] == torch.__version__
+    assert facts["torch"].split("+")[0] == torch.__version__.split("+")[0]  # a package may leave the build out
     assert facts["python"] == platform.python_version()
     assert {"started", "commit", "uncommitted_changes", "command", "cpu", "cores", "triton"} < facts.keys()
     assert facts["commit"] is None or re.fullmatch("[0-9a-f]{40}", facts["commit"])
