@@ -45,9 +45,7 @@ def config_from_dict(values: dict) -> ModelConfig:
     kind = FAMILY_NAMES[family]
     known = {f.name: f for f in fields(kind)}
     if unknown := sorted(set(values) - set(known)):
-        raise KestrelError(
-            f"the checkpoint's model has keys unknown here: {', '.join(map(str, unknown))[:200]}"
-        )
+        raise KestrelError(f"the checkpoint's model has keys unknown here: {', '.join(map(str, unknown))[:200]}")
     for key, value in values.items():
         default = known[key].default
         fits = value is None or isinstance(value, int) if default is None else is_like(value, default)

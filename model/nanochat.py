@@ -71,7 +71,8 @@ class NanochatConfig(ModelConfig):
         )
         for name, switch in (("ve_gate_channels", self.value_embeds), ("smear_channels", self.smear)):
             value = getattr(self, name)
-            require(not switch or value <= self.n_embd, f"model.{name}={value} is more than the model's width of {self.n_embd}")
+            fits = not switch or value <= self.n_embd
+            require(fits, f"model.{name}={value} is more than the model's width of {self.n_embd}")
 
     @property
     def n_layer(self) -> int:

@@ -178,7 +178,7 @@ def test_a_batch_that_does_not_divide_is_refused(tmp_path: Path, cache: Path):
 
 @pytest.mark.parametrize("optim", [["optim.weight_decay=0"], ["optim=adamw"]], ids=["muon", "adamw"])
 def test_two_ranks_equal_one_with_twice_the_accumulation(optim: list[str], tmp_path: Path, cache: Path):
-    """Muon without decay: its decay acts where update and weight share a sign, so one rounding can switch it on or off."""
+    """Muon without decay, which acts where update and weight share a sign: one rounding can switch it on or off."""
     same = ["stage.num_iterations=6", "hardware.device_batch_size=2", "stage.total_batch_size=256", *optim]
     train(tmp_path, cache, "run=one", *same)
     train(tmp_path, cache, "run=two", *same, ranks=2)

@@ -463,6 +463,7 @@ def server():
                 return self.end_headers()
             self.send_response(206 if first else 200)
             if first:
+                first = 0 if mood == "other range" else first
                 self.send_header("Content-Range", f"bytes {first}-{len(content) - 1}/{len(content)}")
             self.send_header("Content-Length", str(len(content) - first))
             self.end_headers()
@@ -518,9 +519,10 @@ def test_download_takes_up_what_an_earlier_process_left(server, tmp_path):
     assert server.requests == [("/file", "bytes=1000-")]
 
 
-def test_download_starts_over_where_ranges_are_ignored(server, tmp_path):
+@pytest.mark.parametrize("mood", ["no ranges", "other range"])
+def test_download_starts_over_where_ranges_are_not_as_asked(server, tmp_path, mood):
     server.files["/file"] = CONTENT
-    server.moods = ["no ranges"]
+    server.moods = [mood]
     write(tmp_path / "file.tmp", b"other" * 10)
     fetch(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == CONTENT

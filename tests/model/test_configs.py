@@ -30,8 +30,16 @@ from tests.model.tiny import NANOCHAT_2026, awake, llama, nanochat, tokens
         (NanochatConfig, {"softcap": 0.0}, "model.softcap must be a positive number, got 0.0"),
         (NanochatConfig, {"softcap": float("inf")}, "model.softcap must be a positive number, got inf"),
         (NanochatConfig, {"norm_eps": float("nan")}, "model.norm_eps must be a positive number, got nan"),
-        (NanochatConfig, {"smear": True, "smear_channels": 999}, "model.smear_channels=999 is more than the model's width of 768"),
-        (NanochatConfig, {"value_embeds": True, "ve_gate_channels": 999}, "model.ve_gate_channels=999 is more than the model's width of 768"),
+        (
+            NanochatConfig,
+            {"smear": True, "smear_channels": 999},
+            "model.smear_channels=999 is more than the model's width of 768",
+        ),
+        (
+            NanochatConfig,
+            {"value_embeds": True, "ve_gate_channels": 999},
+            "model.ve_gate_channels=999 is more than the model's width of 768",
+        ),
         (LlamaConfig, {"n_head": 5}, "model.n_embd must be a multiple of model.n_head, got 512 and 5"),
         (LlamaConfig, {"n_head": 0}, "model.n_head must be a positive number, got 0"),
         (LlamaConfig, {"n_kv_head": 3}, "model.n_kv_head must divide the number of heads (8), got 3"),
