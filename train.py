@@ -32,7 +32,7 @@ from training.horizon import Horizon, largest_device_batch, plan
 from training.journal import read_rows
 from training.machine import describe_machine, peak_flops
 from training.prepare import prepare_data
-from training.report import Reporter
+from training.report import Reporter, tensorboard_writer
 from training.run_directory import RunDirectory
 
 REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of the same vocabulary
@@ -40,6 +40,8 @@ REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of t
 
 def main(run: RunConfig) -> None:
     """Join the other ranks, train, and leave them whatever happened."""
+    if run.tensorboard:
+        tensorboard_writer()  # missing, it is missed now rather than when the data is ready
     device = distributed.init(run.hardware)
     try:
         ops = load_ops(run.kernels, device.device)

@@ -278,13 +278,18 @@ def sample_text(row: Row) -> str:
     return f"--- step {row['step']}\n{row['prompt']}{row['text']}\n\n"
 
 
-def open_tensorboard(run_dir: Path, start_step: int) -> Any:
-    """A writer of TensorBoard events; those of steps that will be taken again are hidden."""
+def tensorboard_writer() -> Any:
+    """TensorBoard's writer class, or how to get it."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise KestrelError("tensorboard=true needs the package tensorboard: pip install tensorboard") from error
-    return SummaryWriter(str(run_dir / "tensorboard"), purge_step=start_step + 1)
+    return SummaryWriter
+
+
+def open_tensorboard(run_dir: Path, start_step: int) -> Any:
+    """A writer of TensorBoard events; those of steps that will be taken again are hidden."""
+    return tensorboard_writer()(str(run_dir / "tensorboard"), purge_step=start_step + 1)
 
 
 if __name__ == "__main__":
