@@ -22,7 +22,7 @@ from inference.sampling import PENALTY_WINDOW, SamplingConfig, sample
 from model.language_model import LanguageModel
 from model.layers.linear import Embedding, Linear
 
-DEFAULT_NEW_TOKENS = 256
+DEFAULT_NEW_TOKENS = 512
 STOPS = ("<|bos|>", "<|assistant_end|>")  # a new document begins; the answer of a chat is over
 
 Column = list[int | None]  # one token per sample; None: this sample has ended

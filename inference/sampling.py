@@ -25,7 +25,7 @@ MAX_TEMPERATURE = 10.0  # beyond this the answer is noise
 class SamplingConfig:
     """How to continue a prompt."""
 
-    max_new_tokens: Optional[int] = None  # None: as many as fit into the model's context, at most 256
+    max_new_tokens: Optional[int] = None  # None: as many as fit into the model's context, at most 512
     temperature: float = 0.8  # 0: always the likeliest token
     top_k: int = 50  # draw among the k likeliest tokens; 0: among all
     top_p: float = 1.0  # then among the likeliest that together reach this probability; 1: among all

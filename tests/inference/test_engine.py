@@ -171,13 +171,13 @@ def test_the_whole_context_can_be_used():
         assert len(got[0]) == limit - 150
 
 
-def test_without_a_number_it_tells_what_fits_and_at_most_256():
+def test_without_a_number_it_tells_what_fits_and_at_most_512():
     unlimited = SamplingConfig(temperature=0)
     engine = scripted([1] * 1000)
     assert len(list(engine.generate([1] * 30, unlimited))) == 70
     engine = scripted([1] * 1000)
     engine.model.context_len = 1000
-    assert len(list(engine.generate([1] * 30, unlimited))) == 256
+    assert len(list(engine.generate([1] * 30, unlimited))) == 512
 
 
 def test_a_model_with_another_vocabulary_is_refused():
