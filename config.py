@@ -176,6 +176,9 @@ def run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[s
 
     try:
         entry()
+    except KeyboardInterrupt:
+        print("stopped at once; what was saved before is intact", file=sys.stderr)
+        sys.exit(130)
     except (HydraException, OmegaConfBaseException) as error:  # a sweep composes each job only when its turn comes
         stop(one_line(error))
 

@@ -69,6 +69,7 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
     )  # fmt: skip
     forward = torch.compile(model, dynamic=False) if run.hardware.compile else model
     try:
+        trained = state.step < horizon.num_iterations
         complete = loop.train(
             forward,
             optimizer,
@@ -86,6 +87,8 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
         batches.close()
         reporter.close()
     if device.is_main:
+        if not trained:
+            print_main("this run was complete already and nothing was trained: run=NAME or resume=never begins another")
         say_goodbye(directory.path, horizon, state, complete)
         note_in_summary(run, directory.path, state)
 

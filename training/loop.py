@@ -143,8 +143,8 @@ def train(
                 return True
 
             record = one_step(model, optimizer, schedule, batches, horizon, state, device, scale, stop, grad_clip)
-            pending.append(record)
-            stopping |= read(pending, 1, state, reporter, clock, horizon)
+            pending += [record] if record else []
+            stopping |= record is None or read(pending, 1, state, reporter, clock, horizon)
             state.loss_scale = scale.scale
             if stopping and state.step < horizon.num_iterations:
                 read(pending, 0, state, reporter, clock, horizon)
@@ -164,10 +164,17 @@ def one_step(
     scale: LossScale,
     stop: StopRequest,
     grad_clip: float,
-) -> StepRecord:
-    """Accumulate the gradients of one batch, update the parameters, advance `state`."""
+) -> StepRecord | None:
+    """Accumulate the gradients of one batch, update the parameters, advance `state`.
+
+    → None if one process was asked to stop between two micro-batches of a long step: the step is dropped, `state` is as
+    it was. Several ranks finish their step, since they only agree at its end.
+    """
     total = torch.zeros((), device=device.device)
-    for _ in range(horizon.accumulation):
+    for micro_batch in range(horizon.accumulation):
+        if micro_batch > 0 and device.world_size == 1 and stop.signal is not None:
+            optimizer.zero_grad()
+            return None
         batch = next(batches)
         loss = model(batch.tokens, batch.targets, token_weights=batch.weights, doc_ids=batch.doc_ids)
         (loss * (scale.scale / horizon.accumulation)).backward()

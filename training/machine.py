@@ -92,7 +92,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
     commit = _git("rev-parse", "HEAD")
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": shlex.join(sys.argv),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]).replace(str(Path.home()), "~"),
         "commit": commit,
         "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
         "python": platform.python_version(),
