@@ -20,6 +20,7 @@ from config import RunConfig, run_command, sweep_directory, to_yaml
 from data.batches import Batch, pretrain_batches
 from data.documents import TokenShards
 from data.tokenizer import Tokenizer
+from errors import KestrelError
 from model import LanguageModel, build, config_to_dict, cost
 from model.ops import Ops, chosen_backends, describe_ops, load_ops
 from optim.groups import parameter_groups
@@ -48,6 +49,11 @@ def main(run: RunConfig) -> None:
         directory = choose_directory(run, device)
         with run_directory.lock(directory.path, device.is_main):
             train(run, directory, ops, device)
+    except torch.OutOfMemoryError as error:
+        raise KestrelError(
+            "the GPU's memory is full: lower hardware.device_batch_size (rows at a time; the step stays the same), "
+            "model.sequence_len or the model's depth"
+        ) from error
     finally:
         distributed.cleanup()
 
