@@ -25,6 +25,7 @@ class Case:
     differentiable  inputs that get a gradient
     batched         inputs with one independent entry per index of their first dimension, as the outputs have
     fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
+    huge            a shape with more elements in one tensor than 32 bits can count, where that makes sense
     """
 
     op: str
@@ -37,6 +38,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
+    huge: Shape | None = None
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Shape:
         """Keyword arguments of the op for a shape: the same numbers for the same seed on the same kind of device.
@@ -65,6 +67,85 @@ def clone_as(value: Any, dtype: torch.dtype) -> Any:
 
 def rmsnorm_inputs(M: int, D: int, weight: bool = False, eps: float = 1e-6) -> Shape:
     return dict(x=randn(M, D), weight=1 + 0.5 * randn(D) if weight else None, eps=eps)
+
+
+def add_rmsnorm_inputs(M: int, D: int, weight: bool = False, eps: float = 1e-6) -> Shape:
+    inputs = rmsnorm_inputs(M, D, weight, eps)
+    return dict(x=inputs["x"], branch=randn(M, D), weight=inputs["weight"], eps=eps)
+
+
+def mix_rmsnorm_inputs(M: int, D: int, branch: bool = True, scaled: bool = True, eps: float = 1e-6) -> Shape:
+    """scaled: the stream is weighed too, as before a layer; else only the anchor is, as in backout."""
+    return dict(
+        x=randn(M, D),
+        anchor=randn(M, D),
+        x_scale=1 + 0.5 * rand(1) if scaled else None,
+        anchor_scale=rand(()) - 1.5,
+        branch=randn(M, D) if branch else None,
+        eps=eps,
+    )
+
+
+def layer_norm_inputs(M: int, D: int, weight: bool = True, bias: bool = True, eps: float = 1e-5) -> Shape:
+    """Rows with means far from zero: a variance taken as E[x²] − E[x]² would lose its digits."""
+    x = randn(M, D) + 4 * randn(M, 1)
+    return dict(x=x, weight=1 + 0.5 * randn(D) if weight else None, bias=randn(D) if bias else None, eps=eps)
+
+
+def embedding_inputs(N: int, D: int, V: int, zipf: bool = False) -> Shape:
+    return dict(tokens=token_ids((N,), V, zipf), table=randn(V, D), dtype=torch.float32)
+
+
+def value_embedding_inputs(
+    B: int, T: int, Hkv: int, D: int, V: int, G: int = 12, gate_range: float = 3.0, zipf: bool = False
+) -> Shape:
+    return dict(
+        v=randn(B, T, Hkv, D),
+        tokens=token_ids((B, T), V, zipf),
+        table=randn(V, Hkv * D),
+        gate_input=randn(B, T, G),
+        gate_weight=randn(Hkv, G) / G**0.5,
+        gate_range=gate_range,
+    )
+
+
+def token_ids(shape: tuple[int, ...], V: int, zipf: bool) -> Tensor:
+    """zipf: as words are distributed, the r-th most frequent 1/r as often as the first; else all alike."""
+    if not zipf:
+        return randint(0, V, shape)
+    ranks = torch.exp(rand(shape) * torch.log(torch.tensor(V + 1.0))).long() - 1  # a density of 1/r
+    return ranks.clamp(0, V - 1) * 7919 % V  # the frequent ones are not next to each other
+
+
+def smear_inputs(B: int, T: int, D: int, G: int = 24, previous: bool = False, documents: int = 0) -> Shape:
+    doc_ids = randint(0, documents, (B, T), dtype=torch.int32).sort(dim=1).values if documents else None
+    return dict(
+        x=randn(B, T, D),
+        gate_weight=randn(1, G) / G**0.5,
+        scale=0.5 + rand(1),
+        previous=randn(B, 1, D) if previous else None,
+        doc_ids=doc_ids,
+    )
+
+
+def qk_norm_rope_append_inputs(
+    B: int, T: int, S: int, H: int, Hkv: int, D: int, eps: float | None = 1e-6, scale: float = 1.0, full: bool = False
+) -> Shape:
+    """full: some rows have no room for all new tokens."""
+    inputs = qk_norm_rope_inputs(B, T, H, Hkv, D, eps=eps, scale=scale)
+    angles = torch.outer(torch.arange(S), 100.0 ** (-torch.arange(0, D, 2) / D))
+    return dict(
+        q=inputs["q"],
+        k=inputs["k"],
+        v=randn(B, T, Hkv, D),
+        k_cache=randn(B, S, Hkv, D),
+        v_cache=randn(B, S, Hkv, D),
+        cos=angles.cos(),
+        sin=angles.sin(),
+        lengths=randint(S - T if full else 0, S + 1 if full else S - T + 1, (B,), dtype=torch.int32),
+        eps=eps,
+        scale=scale,
+    )
 
 
 def qk_norm_rope_inputs(
@@ -183,6 +264,214 @@ CASES = {
                 for M, D in ((65536, 768), (65536, 1536), (32768, 2176), (32768, 4096), (4096, 768))
                 for weight in (True, False)
             ],
+            huge=dict(M=600_000, D=4096),
+        ),
+        Case(
+            "add_rmsnorm",
+            inputs=add_rmsnorm_inputs,
+            flops=lambda M, D, **_: 5 * M * D,
+            bytes=lambda M, D, **_: 4 * M * D,
+            backward=(2.0, 1.0),  # reads s, dy and ds, writes the one gradient of both
+            differentiable=("x", "branch", "weight"),
+            batched=("x", "branch"),
+            check=[
+                dict(M=7, D=60, weight=True),
+                dict(M=5, D=33, eps=1e-3),
+                dict(M=37, D=128),
+                dict(M=1, D=9, weight=True),
+                dict(M=130, D=1),
+                dict(M=67, D=97, weight=True),
+                dict(M=2, D=2176, weight=True),
+                dict(M=0, D=5, weight=True),
+            ],
+            time=[dict(M=M, D=D) for M, D in ((65536, 768), (32768, 1280), (65536, 1536), (32768, 2176))]
+            + [dict(M=65536, D=768, weight=True)],
+            huge=dict(M=600_000, D=4096),
+        ),
+        Case(
+            "mix_rmsnorm",
+            inputs=mix_rmsnorm_inputs,
+            flops=lambda M, D, branch=True, **_: 8 * M * D,
+            bytes=lambda M, D, branch=True, **_: (5 if branch else 4) * M * D,
+            backward=(2.0, 1.4),  # reads x, branch, anchor, dy and ds, writes two gradients
+            differentiable=("x", "anchor", "x_scale", "anchor_scale", "branch"),
+            batched=("x", "anchor", "branch"),
+            fp32=("x_scale", "anchor_scale"),
+            check=[
+                dict(M=7, D=60),
+                dict(M=5, D=33, branch=False),
+                dict(M=37, D=128, scaled=False),
+                dict(M=3, D=9, branch=False, scaled=False, eps=1e-3),
+                dict(M=130, D=1),
+                dict(M=67, D=97),
+                dict(M=2, D=2176),
+                dict(M=0, D=5),
+            ],
+            time=[
+                dict(M=65536, D=768),
+                dict(M=65536, D=768, branch=False),
+                dict(M=65536, D=768, scaled=False),
+                dict(M=32768, D=1280),
+                dict(M=65536, D=1536),
+            ],
+            huge=dict(M=600_000, D=4096),
+        ),
+        Case(
+            "layer_norm",
+            inputs=layer_norm_inputs,
+            flops=lambda M, D, **_: 8 * M * D,
+            bytes=lambda M, D, **_: 2 * M * D,
+            backward=(2.0, 1.5),
+            differentiable=("x", "weight", "bias"),
+            batched=("x",),
+            check=[
+                dict(M=7, D=60),
+                dict(M=5, D=33, bias=False, eps=1e-3),
+                dict(M=37, D=128, weight=False, bias=False),
+                dict(M=3, D=9, weight=False),
+                dict(M=130, D=2),
+                dict(M=67, D=97),
+                dict(M=2, D=2176),
+                dict(M=0, D=5),
+            ],
+            time=[dict(M=65536, D=768), dict(M=65536, D=1600), dict(M=32768, D=4096), dict(M=1024, D=128)],
+            huge=dict(M=600_000, D=4096),
+        ),
+        Case(
+            "gelu",
+            inputs=lambda M, D: dict(x=2 * randn(M, D)),
+            flops=lambda M, D: 20 * M * D,
+            bytes=lambda M, D: 2 * M * D,
+            backward=(2.0, 1.5),
+            differentiable=("x",),
+            batched=("x",),
+            check=[
+                dict(M=7, D=60),
+                dict(M=5, D=33),
+                dict(M=1, D=9),
+                dict(M=130, D=1),
+                dict(M=67, D=97),
+                dict(M=0, D=5),
+            ],
+            time=[dict(M=65536, D=3072), dict(M=32768, D=6400), dict(M=1024, D=512)],
+            huge=dict(M=600_000, D=4096),
+        ),
+        Case(
+            "softmax",
+            inputs=lambda M, D: dict(x=3 * randn(M, D)),
+            flops=lambda M, D: 5 * M * D,
+            bytes=lambda M, D: 2 * M * D,
+            backward=(1.0, 1.5),
+            differentiable=("x",),
+            batched=("x",),
+            check=[
+                dict(M=7, D=60),
+                dict(M=5, D=33),
+                dict(M=37, D=128),
+                dict(M=130, D=2),
+                dict(M=67, D=97),
+                dict(M=3, D=2176),
+                dict(M=0, D=5),
+            ],
+            time=[dict(M=65536, D=1024), dict(M=32768, D=4096), dict(M=4096, D=32768), dict(M=1024, D=64)],
+            huge=dict(M=600_000, D=4096),
+        ),
+        Case(
+            "top_k",
+            inputs=lambda M, D, k: dict(x=randn(M, D), k=k),
+            flops=lambda M, D, k: k * M * D,
+            bytes=lambda M, D, k: M * D,
+            backward=(1.0, 1.0),
+            differentiable=("x",),
+            batched=("x",),
+            check=[
+                dict(M=7, D=60, k=5),
+                dict(M=37, D=8, k=2),
+                dict(M=5, D=33, k=33),
+                dict(M=3, D=1, k=1),
+                dict(M=67, D=97, k=1),
+                dict(M=2, D=2176, k=50),
+                dict(M=0, D=5, k=2),
+            ],
+            time=[dict(M=65536, D=8, k=2), dict(M=65536, D=128, k=8), dict(M=32, D=32768, k=50)],
+            huge=dict(M=600_000, D=4096, k=2),
+        ),
+        Case(
+            "embedding",
+            inputs=embedding_inputs,
+            flops=lambda N, D, V, **_: 0,
+            bytes=lambda N, D, V, **_: N * D + 2 * min(N, V) * D,  # rows of the table are fp32: two values each
+            backward=(1.0, 1.0),
+            differentiable=("table",),
+            fp32=("table",),
+            check=[
+                dict(N=37, D=12, V=9),
+                dict(N=7, D=33, V=50),
+                dict(N=1, D=1, V=1),
+                dict(N=130, D=8, V=3),
+                dict(N=64, D=130, V=200, zipf=True),
+                dict(N=0, D=4, V=6),
+            ],
+            time=[dict(N=65536, D=768, V=32768, zipf=True), dict(N=32768, D=1280, V=32768, zipf=True)],
+        ),
+        Case(
+            "value_embedding",
+            inputs=value_embedding_inputs,
+            flops=lambda B, T, Hkv, D, **_: 2 * B * T * Hkv * D,
+            bytes=lambda B, T, Hkv, D, V, **_: Hkv * D * (2 * B * T + 2 * min(B * T, V)),
+            backward=(2.0, 1.0),
+            differentiable=("v", "table", "gate_input", "gate_weight"),
+            batched=("v", "gate_input"),
+            fp32=("table", "gate_weight"),
+            check=[
+                dict(B=2, T=7, Hkv=3, D=8, V=11),
+                dict(B=1, T=33, Hkv=1, D=5, V=4, G=3, gate_range=2.0),
+                dict(B=3, T=1, Hkv=2, D=16, V=50),
+                dict(B=1, T=1, Hkv=1, D=1, V=1, G=1),
+                dict(B=2, T=40, Hkv=2, D=32, V=19, zipf=True),
+                dict(B=0, T=3, Hkv=2, D=4, V=6),
+            ],
+            time=[
+                dict(B=32, T=2048, Hkv=6, D=128, V=32768, zipf=True),
+                dict(B=16, T=2048, Hkv=10, D=128, V=32768, zipf=True),
+            ],
+        ),
+        Case(
+            "smear",
+            inputs=smear_inputs,
+            flops=lambda B, T, D, **_: 2 * B * T * D,
+            bytes=lambda B, T, D, **_: 2 * B * T * D,
+            backward=(2.0, 1.5),
+            differentiable=("x", "gate_weight", "scale", "previous"),
+            batched=("x", "previous"),
+            fp32=("gate_weight", "scale"),
+            check=[
+                dict(B=2, T=7, D=60),
+                dict(B=1, T=33, D=24, previous=True),
+                dict(B=3, T=1, D=31, G=5, previous=True),
+                dict(B=2, T=19, D=33, documents=3),
+                dict(B=1, T=1, D=1, G=1),
+                dict(B=2, T=5, D=130, documents=5, previous=True),
+                dict(B=0, T=3, D=30),
+            ],
+            time=[dict(B=32, T=2048, D=768), dict(B=16, T=2048, D=1280)],
+            huge=dict(B=300, T=2048, D=4096),
+        ),
+        Case(
+            "qk_norm_rope_append",
+            inputs=qk_norm_rope_append_inputs,
+            flops=lambda B, T, S, H, Hkv, D, **_: 8 * B * T * (H + Hkv) * D,
+            bytes=lambda B, T, S, H, Hkv, D, **_: 2 * B * T * (H + 2 * Hkv) * D,
+            batched=("q", "k", "v", "k_cache", "v_cache"),
+            fp32=("cos", "sin"),
+            check=[
+                dict(B=3, T=1, S=9, H=4, Hkv=2, D=16),
+                dict(B=2, T=5, S=13, H=2, Hkv=1, D=6, scale=1.2),
+                dict(B=4, T=3, S=7, H=2, Hkv=2, D=8, eps=None),
+                dict(B=5, T=3, S=6, H=3, Hkv=1, D=32, full=True),
+                dict(B=0, T=1, S=4, H=2, Hkv=1, D=8),
+            ],
+            time=[dict(B=B, T=1, S=2048, H=H, Hkv=H, D=128) for B, H in ((1, 6), (32, 6), (32, 16))],
         ),
         Case(
             "qk_norm_rope",
@@ -202,6 +491,7 @@ CASES = {
                 dict(B=0, T=3, H=2, Hkv=1, D=8),
             ],
             time=[dict(B=32, T=2048, H=6, Hkv=6, D=128), dict(B=16, T=2048, H=16, Hkv=16, D=128)],
+            huge=dict(B=300, T=2048, H=16, Hkv=16, D=256),
         ),
         Case(
             "attention",

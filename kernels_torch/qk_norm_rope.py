@@ -39,6 +39,50 @@ def qk_norm_rope(
     return rotate_and_norm(q, cos, sin, eps, scale), rotate_and_norm(k, cos, sin, eps, scale)
 
 
+def qk_norm_rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    *,
+    eps: float | None = 1e-6,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """qk_norm_rope of new tokens, with k and v written straight to where a key-value cache keeps them.
+
+    Token t of row b stands at position lengths[b] + t, in the rotary table and in the cache alike.
+
+    q                 [B, T, H, D]
+    k, v              [B, T, Hkv, D], the dtype of q
+    k_cache, v_cache  [B, S, Hkv, D], any strides and any floating-point dtype: written in place
+    cos, sin          [at least S, D/2] fp32
+    lengths           [B] integers on the device: tokens each row holds already; what has no room in S is dropped
+    eps, scale        as in qk_norm_rope
+    → (q, k_cache, v_cache): q rotated and normalised, and the caches themselves
+
+    For decoding: there is no gradient. Raises ValueError for shapes and dtypes that do not fit together.
+    """
+    check_qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps)
+    with torch.no_grad():
+        T, S = q.shape[1], k_cache.shape[1]
+        steps = torch.arange(T, device=q.device)
+        positions = (lengths[:, None] + steps).clamp(max=S - 1)  # [B, T]
+        cos, sin = (table[positions].unsqueeze(2).to(compute_dtype(q)) for table in (cos, sin))
+        q, k = (rotate_and_norm(x, cos, sin, eps, scale) for x in (q, k))
+        rows = torch.arange(q.shape[0], device=q.device)[:, None]
+        # Tokens without room write the last slot once more, with what belongs there: its own token or its old value.
+        tokens = torch.minimum(steps, S - 1 - lengths[:, None])  # [B, T]
+        for cache, new in ((k_cache, k), (v_cache, v)):
+            old = cache[:, S - 1 :]
+            new = torch.where((tokens < 0)[:, :, None, None], old, new[rows, tokens.clamp(min=0)].to(cache.dtype))
+            cache[rows, positions] = new
+    return q, k_cache, v_cache
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """fp32, unless the input is fp64."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -77,3 +121,29 @@ def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: in
         raise ValueError(f"positions {start} to {start + T - 1} are outside the rotary table of {cos.shape[0]} rows")
     if eps is not None and not eps >= 0:
         raise ValueError(f"qk_norm_rope eps must not be negative, got {eps}")
+
+
+def check_qk_norm_rope_append(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    eps: float | None,
+) -> None:
+    """Refuse what `qk_norm_rope_append` cannot mean."""
+    check_qk_norm_rope(q, k, cos, sin, lengths, eps)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
+    B, _, Hkv, D = k.shape
+    if k_cache.dim() != 4 or (k_cache.shape[0], *k_cache.shape[2:]) != (B, Hkv, D) or v_cache.shape != k_cache.shape:
+        raise ValueError(
+            f"the caches must be [{B}, S, {Hkv}, {D}], got {tuple(k_cache.shape)} and {tuple(v_cache.shape)}"
+        )
+    if not (k_cache.is_floating_point() and v_cache.is_floating_point()):
+        raise ValueError(f"the caches must be floating point, got {k_cache.dtype} and {v_cache.dtype}")
+    if cos.shape[0] < k_cache.shape[1]:
+        raise ValueError(f"a cache of {k_cache.shape[1]} tokens needs as many rotary rows, got {cos.shape[0]}")

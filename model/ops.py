@@ -24,14 +24,24 @@ from errors import KestrelError
 class Ops:
     """The hot operations every model is written in. `kernels_torch` says what each one means."""
 
+    embedding: Callable
+    smear: Callable
     rmsnorm: Callable
+    add_rmsnorm: Callable
+    mix_rmsnorm: Callable
+    value_embedding: Callable
     qk_norm_rope: Callable
+    qk_norm_rope_append: Callable
     attention: Callable
     attention_decode: Callable
     relu2_mlp: Callable
     swiglu_mlp: Callable
     linear_cross_entropy: Callable
     newton_schulz: Callable
+    layer_norm: Callable
+    gelu: Callable
+    softmax: Callable
+    top_k: Callable
 
 
 OP_NAMES = [f.name for f in fields(Ops)]
