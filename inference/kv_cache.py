@@ -44,7 +44,6 @@ class KVCache:
         self.k = torch.empty(n_layer, batch, max_len, n_kv_head, head_dim, dtype=dtype, device=device)
         self.v = torch.empty_like(self.k)
         self.lengths = torch.zeros(batch, dtype=torch.int32, device=device)
-        self.rows = torch.arange(batch, device=device)[:, None]
         self.state: dict[str, Tensor] = {}
         self.filled = 0
 
@@ -61,26 +60,23 @@ class KVCache:
         return self.filled == 0
 
     def reserve(self, n_tokens: int) -> None:
-        """Begin a call that brings `n_tokens` tokens a row: check the room, work out where they go."""
+        """Begin a call that brings `n_tokens` tokens a row: check the room."""
         if self.filled + n_tokens > self.max_len:
             raise KestrelError(
                 f"the context is full: {self.filled} tokens are cached and {n_tokens} more do not fit "
                 f"into its {self.max_len}; shorten the prompt or ask for fewer tokens"
             )
-        steps = torch.arange(n_tokens, dtype=torch.int32, device=self.lengths.device)
-        self.positions = self.lengths[:, None] + steps  # (B, n_tokens)
+        self.coming = n_tokens
         self.ends = self.lengths + n_tokens
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, n_tokens, Hkv, D] behind what each row holds; return the layer's k and v [B, S, Hkv, D]."""
-        self.k[layer][self.rows, self.positions] = k.to(self.k.dtype)
-        self.v[layer][self.rows, self.positions] = v.to(self.v.dtype)
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """k and v [B, S, Hkv, D] of a layer, to be written to behind what each row holds."""
         return self.k[layer], self.v[layer]
 
     def advance(self, n_tokens: int | Tensor) -> None:
         """End a call: the tokens written count from now on; a tensor [B] says how many of each row are real."""
         self.lengths += n_tokens
-        self.filled += self.positions.shape[1]
+        self.filled += self.coming
 
     def recall(self, name: str, like: Tensor) -> Tensor:
         """What was remembered under `name`; zeros of `like`'s shape and dtype in the beginning."""

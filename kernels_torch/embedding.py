@@ -26,18 +26,19 @@ def value_embedding(
 
     v            [B, T, Hkv, D]
     tokens       [B, T] integers below V
-    table        [V, Hkv · D], any dtype
+    table        [V, Hkv · D], any dtype; rounded to that of v, as every layer rounds its fp32 masters
     gate_input   [B, T, G], the first channels of the block's input, the dtype of v, any strides
-    gate_weight  [Hkv, G], any dtype
-    → [B, T, Hkv, D] in the dtype of v, computed in fp32 (fp64 for fp64 input) and rounded once
+    gate_weight  [Hkv, G], any dtype, rounded likewise
+    → [B, T, Hkv, D] in the dtype of v, computed from there in fp32 (fp64 for fp64 input) and rounded once
 
     Raises ValueError for shapes and dtypes that do not fit together.
     Source: value embeddings of modded-nanogpt, https://github.com/KellerJordan/modded-nanogpt, gated as in nanochat.
     """
     check_value_embedding(v, tokens, table, gate_input, gate_weight)
     dtype = torch.promote_types(v.dtype, torch.float32)
-    gate = gate_range * torch.sigmoid(F.linear(gate_input.to(dtype), gate_weight.to(dtype)))  # (B, T, Hkv)
-    rows = F.embedding(tokens, table).to(dtype).view(v.shape)
+    gate_weight = gate_weight.to(v.dtype).to(dtype)
+    gate = gate_range * torch.sigmoid(F.linear(gate_input.to(dtype), gate_weight))  # (B, T, Hkv)
+    rows = F.embedding(tokens, table).to(v.dtype).to(dtype).view(v.shape)
     return (v.to(dtype) + gate.unsqueeze(-1) * rows).to(v.dtype)
 
 
@@ -52,7 +53,7 @@ def smear(
     """x_t + g_t · x_{t−1},   g_t = scale · sigmoid(w · x_t[:G]): a learned bigram
 
     x            [B, T, D]
-    gate_weight  [1, G], G ≤ D, any dtype
+    gate_weight  [1, G], G ≤ D, any dtype; rounded to that of x, as every layer rounds its fp32 masters
     scale        a tensor of one value on the device, any dtype
     previous     [B, 1, D]: x_{−1}, what came before the first token; None: nothing
     doc_ids      [B, T]: the first token of a document has nothing before it, nor has the first of a row
@@ -64,9 +65,8 @@ def smear(
     check_smear(x, gate_weight, scale, previous, doc_ids)
     dtype = torch.promote_types(x.dtype, torch.float32)
     wide = x.to(dtype)
-    gate = scale.reshape(()).to(dtype) * torch.sigmoid(
-        F.linear(wide[..., : gate_weight.shape[1]], gate_weight.to(dtype))
-    )
+    logit = F.linear(wide[..., : gate_weight.shape[1]], gate_weight.to(x.dtype).to(dtype))  # (B, T, 1)
+    gate = scale.reshape(()).to(dtype) * torch.sigmoid(logit)
     if doc_ids is not None:
         same = F.pad(doc_ids[:, 1:] == doc_ids[:, :-1], (1, 0))  # the first of a row continues nothing
         gate = gate * same.unsqueeze(-1)

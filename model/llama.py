@@ -68,7 +68,7 @@ class LlamaConfig(ModelConfig):
 
 
 class Block(nn.Module):
-    """x + attention(norm1(x)), then x + mlp(norm2(x))."""
+    """x + attention(norm1(x)), then x + mlp(norm2(x)); the MLP's branch is left to be added with the norm after it."""
 
     def __init__(self, config: LlamaConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -80,10 +80,19 @@ class Block(nn.Module):
         self.mlp = SwiGluMLP(ops, n_embd, config.mlp_dim) if gated else SiluMLP(n_embd, config.mlp_dim)
 
     def forward(
-        self, x: Tensor, cos: Tensor, sin: Tensor, *, doc_ids: Tensor | None = None, cache: Cache | None = None
-    ) -> Tensor:
-        x = x + self.attn(self.norm1(x), cos, sin, doc_ids=doc_ids, cache=cache)
-        return x + self.mlp(self.norm2(x))
+        self,
+        x: Tensor,
+        branch: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        *,
+        doc_ids: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The stream x [B, T, C] and the branch to be added to it (None: nothing yet) → both after this block."""
+        normed, x = (self.norm1(x), x) if branch is None else self.norm1.of_sum(x, branch)
+        normed, x = self.norm2.of_sum(x, self.attn(normed, cos, sin, doc_ids=doc_ids, cache=cache))
+        return x, self.mlp(normed)
 
 
 class Llama(LanguageModel):
@@ -92,7 +101,7 @@ class Llama(LanguageModel):
     def __init__(self, config: LlamaConfig, vocab_size: int, ops: Ops, dtype: torch.dtype) -> None:
         super().__init__(config, vocab_size, ops, dtype)
         Vp = padded_vocab(vocab_size)
-        self.tok = Embedding(Vp, config.n_embd)
+        self.tok = Embedding(ops, Vp, config.n_embd)
         self.blocks = nn.ModuleList(Block(config, layer, ops) for layer in range(config.n_layer))
         self.norm = RMSNorm(ops, eps=config.norm_eps, width=config.n_embd)
         self.head = None if config.tied else Linear(config.n_embd, Vp)
@@ -107,9 +116,10 @@ class Llama(LanguageModel):
         new_tokens: Tensor | None = None,
     ) -> Tensor:
         x = self.tok(tokens, self.dtype)  # (B, T, C)
+        branch = None
         for block in self.blocks:
-            x = block(x, self.cos, self.sin, doc_ids=doc_ids, cache=cache)
-        return self.norm(x)
+            x, branch = block(x, branch, self.cos, self.sin, doc_ids=doc_ids, cache=cache)
+        return self.norm.of_sum(x, branch)[0]
 
     def initial_value(self, name: str) -> Init:
         match name.removesuffix(".weight").split("."):

@@ -105,7 +105,11 @@ class NanochatConfig(ModelConfig):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Attention and MLP, each a branch off the residual stream: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    It is given the norm of the stream and leaves its last branch to be added: the sum and the norm after it are one
+    pass over memory, and that norm belongs to whoever comes next.
+    """
 
     def __init__(self, config: NanochatConfig, layer: int, ops: Ops) -> None:
         super().__init__()
@@ -127,16 +131,20 @@ class Block(nn.Module):
 
     def forward(
         self,
+        normed: Tensor,
         x: Tensor,
         cos: Tensor,
         sin: Tensor,
         *,
-        value_embed: Tensor | None = None,
+        tokens: Tensor,
+        value_table: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: Cache | None = None,
-    ) -> Tensor:
-        x = x + self.attn(self.norm(x), cos, sin, value_embed=value_embed, doc_ids=doc_ids, cache=cache)
-        return x + self.mlp(self.norm(x))
+    ) -> tuple[Tensor, Tensor]:
+        """norm(x), x [B, T, C] → the stream after attention, and the MLP's branch that is still to be added to it."""
+        branch = self.attn(normed, cos, sin, tokens=tokens, value_table=value_table, doc_ids=doc_ids, cache=cache)
+        normed, x = self.norm.of_sum(x, branch)
+        return x, self.mlp(normed)
 
 
 class Nanochat(LanguageModel):
@@ -155,13 +163,13 @@ class Nanochat(LanguageModel):
         if config.backout:
             self.backout_lambda = nn.Parameter(torch.empty(1, dtype=torch.float32))
         blocks = nn.ModuleList(Block(config, layer, ops) for layer in range(L))
-        self.transformer = nn.ModuleDict({"wte": Embedding(Vp, C), "h": blocks})
+        self.transformer = nn.ModuleDict({"wte": Embedding(ops, Vp, C), "h": blocks})
         self.lm_head = Linear(C, Vp)
         if config.smear:
             self.smear_gate = Linear(config.smear_channels, 1)
         kv_width = config.kv_heads * config.head_dim
         self.value_embeds = nn.ModuleDict(
-            {str(layer): Embedding(Vp, kv_width) for layer in range(L) if config.has_value_embed(layer)}
+            {str(layer): Embedding(ops, Vp, kv_width) for layer in range(L) if config.has_value_embed(layer)}
         )
         self.add_rotary_buffers(config.head_dim, config.rope_base)
 
@@ -176,45 +184,45 @@ class Nanochat(LanguageModel):
         x = self.norm(self.transformer.wte(tokens, self.dtype))  # (B, T, C)
         if self.config.smear:
             x = self.smear(x, doc_ids, cache, new_tokens)
-        x0 = middle = x
-        for layer, block in enumerate(self.transformer.h):
-            if self.config.residual_lambdas:
-                # Indexed to 0-d: a one-element fp32 tensor would promote a bf16 x to fp32.
-                x = self.resid_lambdas[layer] * x + self.x0_lambdas[layer] * x0
-            value_embed = self.value_embed(layer, tokens)
-            x = block(x, self.cos, self.sin, value_embed=value_embed, doc_ids=doc_ids, cache=cache)
-            if layer == self.config.n_layer // 2:
-                middle = x
-        if self.config.backout:
-            x = x - self.backout_lambda[0] * middle
-        return self.norm(x)
+        x0, middle, branch = x, None, None
+        for block, value_table, scales in zip(
+            self.transformer.h, self.value_tables(), self.residual_scales(), strict=True
+        ):
+            normed, x = self.join(x, branch, x0, scales)
+            x, branch = block(
+                normed, x, self.cos, self.sin, tokens=tokens, value_table=value_table, doc_ids=doc_ids, cache=cache
+            )
+            if self.config.backout and block is self.transformer.h[self.config.n_layer // 2]:
+                middle, branch = x + branch, None
+                x = middle
+        return self.join(x, branch, middle, (None, -self.backout_lambda) if self.config.backout else None)[0]
+
+    def join(
+        self, x: Tensor, branch: Tensor | None, anchor: Tensor | None, scales: tuple[Tensor | None, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """Add a branch to the stream, mix in the anchor where there are scales, and normalise: (norm, stream)."""
+        if scales is not None:
+            return self.ops.mix_rmsnorm(x, anchor, *scales, branch, eps=self.config.norm_eps)
+        return (self.norm(x), x) if branch is None else self.norm.of_sum(x, branch)
+
+    def residual_scales(self) -> list[tuple[Tensor, Tensor] | None]:
+        """For each layer what the stream and the first embedding are weighed with before it."""
+        if not self.config.residual_lambdas:
+            return [None] * self.config.n_layer
+        return list(zip(self.resid_lambdas.unbind(), self.x0_lambdas.unbind(), strict=True))
+
+    def value_tables(self) -> list[Tensor | None]:
+        """For each layer the table of what its values get for each token [Vp, Hkv·D]."""
+        tables = {int(layer): table.weight for layer, table in self.value_embeds.items()}
+        return [tables.get(layer) for layer in range(self.config.n_layer)]
 
     def smear(self, x: Tensor, doc_ids: Tensor | None, cache: Cache | None, new_tokens: Tensor | None) -> Tensor:
-        """x_t + gate(x_t) · x_{t−1}; the first token of a row or of a document has nothing before it."""
-        if cache is None:
-            previous = torch.zeros_like(x[:, :1])
-        else:
-            previous = cache.recall("embedding", like=x[:, :1])
-        stream = torch.cat([previous, x], dim=1)  # (B, 1 + T, C): what came before, then the new embeddings
+        """x_t + gate(x_t) · x_{t−1}; what came before the first token is the cache's to know."""
+        previous = None if cache is None else cache.recall("embedding", like=x[:, :1])
+        y = self.ops.smear(x, self.smear_gate.weight, self.smear_lambda, previous=previous, doc_ids=doc_ids)
         if cache is not None:
-            cache.remember("embedding", self.end_of_stream(stream, new_tokens))
-        gate = self.smear_lambda[0] * torch.sigmoid(self.smear_gate(x[..., : self.config.smear_channels]))  # (B, T, 1)
-        if doc_ids is not None:
-            same = torch.cat([torch.zeros_like(doc_ids[:, :1], dtype=torch.bool), doc_ids[:, 1:] == doc_ids[:, :-1]], 1)
-            gate = gate * same.unsqueeze(-1)
-        return x + gate * stream[:, :-1]
-
-    def end_of_stream(self, stream: Tensor, new_tokens: Tensor | None) -> Tensor:
-        """The last real embedding of each row [B, 1, C]: the old one where a row brought no token."""
-        if new_tokens is None:
-            return stream[:, -1:]
-        return stream[torch.arange(stream.shape[0], device=stream.device), new_tokens].unsqueeze(1)
-
-    def value_embed(self, layer: int, tokens: Tensor) -> Tensor | None:
-        """What layer `layer` adds to its values for each token [B, T, Hkv·D]; None: nothing."""
-        if not self.config.has_value_embed(layer):
-            return None
-        return self.value_embeds[str(layer)](tokens, self.dtype)
+            cache.remember("embedding", last_real(previous, x, new_tokens))
+        return y
 
     def initial_value(self, name: str) -> Init:
         bound = math.sqrt(3 / self.config.n_embd)  # uniform in ±bound has the std of N(0, 1/C), without its outliers
@@ -266,3 +274,11 @@ class Nanochat(LanguageModel):
     @property
     def cache_shape(self) -> tuple[int, int, int]:
         return self.config.n_layer, self.config.kv_heads, self.config.head_dim
+
+
+def last_real(previous: Tensor, x: Tensor, new_tokens: Tensor | None) -> Tensor:
+    """The last real embedding of each row [B, 1, C]: the old one where a row brought no token."""
+    if new_tokens is None:
+        return x[:, -1:]
+    stream = torch.cat([previous, x], dim=1)  # (B, 1 + T, C)
+    return stream[torch.arange(x.shape[0], device=x.device), new_tokens].unsqueeze(1)

@@ -6,7 +6,6 @@ continue each row where the cache stands, and row lengths stay on the device, so
 
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from model.layers.linear import Linear
@@ -21,7 +20,7 @@ class Cache(Protocol):
     is_empty: bool  # no row holds a token yet, known without asking the device
 
     def reserve(self, n_tokens: int) -> None: ...
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]: ...
     def advance(self, n_tokens: int | Tensor) -> None: ...
     def recall(self, name: str, like: Tensor) -> Tensor: ...
     def remember(self, name: str, value: Tensor) -> None: ...
@@ -70,27 +69,37 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         *,
-        value_embed: Tensor | None = None,
+        tokens: Tensor | None = None,
+        value_table: Tensor | None = None,
         doc_ids: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """x [B, T, C] → [B, T, C]; value_embed [B, T, Hkv·D] is added to the values, gated per head."""
+        """x [B, T, C] → [B, T, C]; what value_table [V, Hkv·D] says about the tokens is added to the values, gated."""
         B, T, _ = x.shape
         q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
         k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
         v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
-        if value_embed is not None:
-            gate = self.gate_range * torch.sigmoid(self.ve_gate(x[..., : self.gate_channels]))  # (B, T, Hkv)
-            v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-        start = 0 if cache is None else cache.lengths
-        q, k = self.ops.qk_norm_rope(q, k, cos, sin, start=start, eps=self.qk_eps, scale=self.qk_scale)
-        return self.c_proj(self.attend(q, k, v, doc_ids, cache).reshape(B, T, -1))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, doc_ids: Tensor | None, cache: Cache | None) -> Tensor:
-        """Attention over the tokens given and, with a cache, over those before them."""
+        if value_table is not None:
+            gate = dict(gate_input=x[..., : self.gate_channels], gate_weight=self.ve_gate.weight)
+            v = self.ops.value_embedding(v, tokens, value_table, **gate, gate_range=self.gate_range)
         if cache is None:
-            return self.ops.attention(q, k, v, window=self.window, doc_ids=doc_ids)
-        k_all, v_all = cache.append(self.layer, k, v)
+            y = self.attend(q, k, v, cos, sin, doc_ids)
+        else:
+            y = self.attend_cached(q, k, v, cos, sin, cache)
+        return self.c_proj(y.reshape(B, T, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, doc_ids: Tensor | None) -> Tensor:
+        """Attention among the tokens given, the first of which stands at position 0."""
+        q, k = self.ops.qk_norm_rope(q, k, cos, sin, eps=self.qk_eps, scale=self.qk_scale)
+        return self.ops.attention(q, k, v, window=self.window, doc_ids=doc_ids)
+
+    def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
+        """Attention over the tokens given, which join the cache, and those before them."""
+        kv = cache.of_layer(self.layer)
+        q, k_all, v_all = self.ops.qk_norm_rope_append(
+            q, k, v, *kv, cos, sin, cache.lengths, eps=self.qk_eps, scale=self.qk_scale
+        )
         if cache.is_empty:  # a first prefill sees nothing but itself: the training kernel does it best
-            return self.ops.attention(q, k, v, window=self.window)
+            T = q.shape[1]
+            return self.ops.attention(q, k_all[:, :T], v_all[:, :T], window=self.window)
         return self.ops.attention_decode(q, k_all, v_all, cache.ends, window=self.window)

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.ops import Ops
+
 
 class Linear(nn.Module):
     """y = x Wᵀ, with W [n_out, n_in] cast to the dtype of x."""
@@ -26,12 +28,13 @@ class Linear(nn.Module):
 class Embedding(nn.Module):
     """Rows of an fp32 table, looked up exactly and then cast: a table in bf16 would lose its small updates."""
 
-    def __init__(self, n_rows: int, width: int) -> None:
+    def __init__(self, ops: Ops, n_rows: int, width: int) -> None:
         super().__init__()
+        self.ops = ops
         self.weight = nn.Parameter(torch.empty(n_rows, width, dtype=torch.float32))
 
     def forward(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        return F.embedding(tokens, self.weight).to(dtype)
+        return self.ops.embedding(tokens, self.weight, dtype)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]} rows of {self.weight.shape[1]}"

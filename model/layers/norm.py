@@ -17,3 +17,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rmsnorm(x, self.weight, eps=self.eps)
+
+    def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
+        """The norm of x + branch, and the sum: where one branch of the residual stream ends and the next begins."""
+        return self.ops.add_rmsnorm(x, branch, self.weight, eps=self.eps)

@@ -105,12 +105,19 @@ def test_fp64_and_bf16_models_differ_only_by_rounding(form):
 def test_activations_stay_in_the_models_dtype(form):
     model = awake(FORMS[form], torch.bfloat16)
     seen = {}
+
+    def note(name):
+        def hook(module, args, out):
+            seen[name] = {part.dtype for part in (out if isinstance(out, tuple) else (out,))}
+
+        return hook
+
     for name, module in model.named_modules():
         if "." in name:
-            module.register_forward_hook(lambda module, args, out, name=name: seen.update({name: out.dtype}))
+            module.register_forward_hook(note(name))
     model(tokens(1, 9), tokens(1, 9)).backward()
-    assert len(seen) > 10
-    assert set(seen.values()) == {torch.bfloat16}, seen
+    assert len(seen) > 8
+    assert all(dtypes == {torch.bfloat16} for dtypes in seen.values()), seen
     assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
 
 
