@@ -22,7 +22,10 @@ from errors import KestrelError
 
 @dataclass(frozen=True)
 class Ops:
-    """The hot operations every model is written in. `kernels_torch` says what each one means."""
+    """The hot operations the models are written in. `kernels_torch` says what each one means.
+
+    A backend may have more (layer_norm, gelu, softmax, top_k): an op gets a field here when a model runs it.
+    """
 
     embedding: Callable
     smear: Callable
@@ -38,10 +41,6 @@ class Ops:
     swiglu_mlp: Callable
     linear_cross_entropy: Callable
     newton_schulz: Callable
-    layer_norm: Callable
-    gelu: Callable
-    softmax: Callable
-    top_k: Callable
 
 
 OP_NAMES = [f.name for f in fields(Ops)]

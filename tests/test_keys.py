@@ -79,6 +79,13 @@ TINY_LLAMA = (
     *RUN, "model=llama", "model.n_layer=1", "model.n_embd=16", "model.n_head=2", "model.n_kv_head=null",
     "model.sequence_len=32",
 )  # fmt: skip
+TINY_2026 = (
+    *TINY,
+    "model.residual_lambdas=true",
+    "model.smear=true",
+    "model.smear_channels=8",
+    "model.value_embeds=true",
+)
 FILES = "data.files=[stories.jsonl,more.jsonl]"
 READ = ("tokenizer=byte", "data.cache_dir=cache")
 TELL = ("runs_dir={runs}", "prompt=abcab", "max_new_tokens=12", "hardware=cpu")
@@ -166,6 +173,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
     "train KernelConfig": {
         **{key: Flip("fake", "train.ops", TINY) for key in ["backend", *OP_NAMES]},
         "swiglu_mlp": Flip("fake", "train.ops", TINY_LLAMA),
+        **{key: Flip("fake", "train.ops", TINY_2026) for key in ["smear", "mix_rmsnorm", "value_embedding"]},
     },
     "train FablesConfig": ANY_DATA | {
         "seed": Flip("2", "tokens"),

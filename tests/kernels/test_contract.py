@@ -168,7 +168,8 @@ def test_signature_is_the_reference_one(backend, op):
 
 
 def test_every_op_has_a_reference_and_a_case():
-    assert sorted(OP_NAMES) == sorted(kernels_torch.__all__) == sorted(CASES)
+    assert sorted(kernels_torch.__all__) == sorted(CASES)
+    assert set(OP_NAMES) <= set(CASES)
 
 
 def test_fresh_memory_is_poisoned(device):
