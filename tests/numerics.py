@@ -3,10 +3,17 @@
 No tolerance here is chosen by hand. `plain` is the reference run in the tested dtype, `exact` the reference in fp64;
 the kernel may err `slack` times as much as `plain` does. Two rules, because each misses what the other sees: the RMS
 catches a scale that is off by one percent, the maximum catches a single wrong element.
+
+`judge` applies both to all outputs and gradients of an op, for tests and benches alike.
 """
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+import kernels_torch
+from kernels_torch.cases import CASES
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor, name: str = "value", slack: float = 2.0) -> None:
@@ -27,3 +34,116 @@ def assert_close(got: Tensor, exact: Tensor, plain: Tensor, name: str = "value",
     floor = torch.finfo(plain_dtype).eps * exact.square().mean().sqrt() * 0.5 + 1e-12
     assert rms_ours <= slack * rms_theirs + floor, f"{name}: rms {rms_ours:.2e}, plain PyTorch {rms_theirs:.2e}"
     assert ours.max() <= slack * (theirs.max() + ulp), f"{name}: max {ours.max():.2e}, plain PyTorch {theirs.max():.2e}"
+
+
+def outputs(op_function: Callable, inputs: dict) -> tuple[Tensor, ...]:
+    out = op_function(**inputs)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def floating(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Those that can have a gradient: top_k gives indices, too."""
+    return tuple(out for out in outs if out.is_floating_point())
+
+
+def leaves_of(op: str, inputs: dict) -> dict[str, Tensor]:
+    """The differentiable inputs, asking for a gradient."""
+    present = [name for name in CASES[op].differentiable if inputs[name] is not None]
+    return {name: inputs[name].requires_grad_() for name in present}
+
+
+def upstream_of(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Random incoming gradients, the same for the same shapes."""
+    generator = torch.Generator().manual_seed(1)
+    return tuple(torch.randn(out.shape, generator=generator).to(out) for out in floating(outs))
+
+
+def run(op: str, op_function: Callable, inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
+    """Outputs by number and gradients by input."""
+    leaves = leaves_of(op, inputs)
+    outs = outputs(op_function, inputs)
+    results = {f"output {i}": out.detach() for i, out in enumerate(outs)}
+    if leaves:
+        upstream = upstream_of(outs) if upstream is None else upstream
+        grads = torch.autograd.grad(floating(outs), list(leaves.values()), upstream)
+        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    return results
+
+
+def judge(op: str, got: dict[str, Tensor], inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> None:
+    """Hold every output and gradient in `got` against the reference on the same inputs."""
+    exact, plain = exact_and_plain(op, inputs, upstream)
+    assert got.keys() == plain.keys()
+    for name, value in got.items():
+        if value.is_floating_point():
+            assert_close(value, exact[name], plain[name], f"{op} {name}")
+        else:
+            assert torch.equal(value, plain[name]), f"{op} {name}"
+
+
+def exact_and_plain(
+    op: str, inputs: dict, upstream: tuple[Tensor, ...] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The reference on the same inputs, in fp64 and in the dtype under test."""
+    case, reference = CASES[op], getattr(kernels_torch, op)
+    dtype = dtype_of(op, inputs)
+    upstream = upstream_of(outputs(reference, case.cast(inputs, dtype))) if upstream is None else upstream
+    wide_upstream = tuple(up.double() for up in upstream)
+    exact = run(op, reference, case.cast(inputs, torch.float64), wide_upstream)
+    if dtype == torch.float64:
+        plain = fp64_with_the_error_of_fp32(op, inputs, upstream, exact)
+    else:
+        plain = run(op, reference, case.cast(inputs, dtype), upstream)
+    few = [name for name, value in exact.items() if value.is_floating_point() and 0 < value.numel() <= FEW]
+    if few:
+        noises = [noise_of_rounded_inputs(op, inputs, wide_upstream, exact, seed) for seed in range(4)]
+        for name in few:
+            errors = [(plain[name].double() - exact[name]).abs(), *(noise[name].abs() for noise in noises)]
+            plain[name] = (exact[name] + torch.stack(errors).amax()).to(plain[name].dtype)
+    return exact, plain
+
+
+# So few values may all be rounded luckily, though each is a sum over everything: what can be asked
+# of them is told by how far they move when the inputs are rounded, too.
+FEW = 4
+
+
+def noise_of_rounded_inputs(
+    op: str, inputs: dict, upstream: tuple[Tensor, ...], exact: dict[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """How far each result moves when every input moves by up to one rounding at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def moved(value: Tensor, dtype: torch.dtype) -> Tensor:
+        noise = 2 * torch.rand(value.shape, generator=generator).to(value.device, torch.float64) - 1
+        return value.double() * (1 + torch.finfo(dtype).eps * noise)
+
+    rounded = {
+        name: moved(value, value.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+    results = run(op, getattr(kernels_torch, op), CASES[op].cast(rounded, torch.float64), upstream)
+    return {name: results[name] - exact[name] for name in exact if exact[name].is_floating_point()}
+
+
+def dtype_of(op: str, inputs: dict) -> torch.dtype:
+    """The one under test: that of the first input that is not held in fp32, or what the op is told to give."""
+    if "dtype" in inputs:
+        return inputs["dtype"]
+    names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
+    return next(inputs[name].dtype for name in names if name not in CASES[op].fp32)
+
+
+def fp64_with_the_error_of_fp32(
+    op: str, inputs: dict, upstream: tuple[Tensor, ...], exact: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What plain fp64 would give if we knew the truth beyond fp64: as far off as fp32, in units of its rounding."""
+    case, reference = CASES[op], getattr(kernels_torch, op)
+    rounded, upstream = case.cast(inputs, torch.float32), tuple(up.float() for up in upstream)
+    plain = run(op, reference, rounded, upstream)
+    truth = run(op, reference, case.cast(rounded, torch.float64), tuple(up.double() for up in upstream))
+    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    return {
+        name: exact[name] + ratio * (plain[name].double() - truth[name]) if exact[name].is_floating_point() else value
+        for name, value in plain.items()
+    }

@@ -17,7 +17,7 @@ import kernels_torch
 from kernels_torch.cases import CASES
 from model.ops import OP_NAMES
 from tests.conftest import HAS_GPU
-from tests.numerics import assert_close
+from tests.numerics import assert_close, exact_and_plain, floating, judge, leaves_of, outputs, run, upstream_of
 
 BACKENDS = ["torch", "triton"] if find_spec("triton") else ["torch"]
 MODULES = {backend: import_module(f"kernels_{backend}") for backend in BACKENDS}
@@ -44,119 +44,6 @@ SHAPES_AND_DTYPES = [
     for param in SHAPES
     for dtype in dtypes(param.values[0])
 ]
-
-
-def outputs(op_function, inputs: dict) -> tuple[Tensor, ...]:
-    out = op_function(**inputs)
-    return out if isinstance(out, tuple) else (out,)
-
-
-def floating(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Those that can have a gradient: top_k gives indices, too."""
-    return tuple(out for out in outs if out.is_floating_point())
-
-
-def leaves_of(op: str, inputs: dict) -> dict[str, Tensor]:
-    """The differentiable inputs, asking for a gradient."""
-    present = [name for name in CASES[op].differentiable if inputs[name] is not None]
-    return {name: inputs[name].requires_grad_() for name in present}
-
-
-def upstream_of(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Random incoming gradients, the same for the same shapes."""
-    generator = torch.Generator().manual_seed(1)
-    return tuple(torch.randn(out.shape, generator=generator).to(out) for out in floating(outs))
-
-
-def run(op: str, op_function, inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
-    """Outputs by number and gradients by input."""
-    leaves = leaves_of(op, inputs)
-    outs = outputs(op_function, inputs)
-    results = {f"output {i}": out.detach() for i, out in enumerate(outs)}
-    if leaves:
-        upstream = upstream_of(outs) if upstream is None else upstream
-        grads = torch.autograd.grad(floating(outs), list(leaves.values()), upstream)
-        results |= {f"gradient of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
-    return results
-
-
-def judge(op: str, got: dict[str, Tensor], inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> None:
-    """Hold every output and gradient in `got` against the reference on the same inputs."""
-    exact, plain = exact_and_plain(op, inputs, upstream)
-    assert got.keys() == plain.keys()
-    for name, value in got.items():
-        if value.is_floating_point():
-            assert_close(value, exact[name], plain[name], f"{op} {name}")
-        else:
-            assert torch.equal(value, plain[name]), f"{op} {name}"
-
-
-def exact_and_plain(
-    op: str, inputs: dict, upstream: tuple[Tensor, ...] | None = None
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The reference on the same inputs, in fp64 and in the dtype under test."""
-    case, reference = CASES[op], getattr(kernels_torch, op)
-    dtype = dtype_of(op, inputs)
-    upstream = upstream_of(outputs(reference, case.cast(inputs, dtype))) if upstream is None else upstream
-    wide_upstream = tuple(up.double() for up in upstream)
-    exact = run(op, reference, case.cast(inputs, torch.float64), wide_upstream)
-    if dtype == torch.float64:
-        plain = fp64_with_the_error_of_fp32(op, inputs, upstream, exact)
-    else:
-        plain = run(op, reference, case.cast(inputs, dtype), upstream)
-    few = [name for name, value in exact.items() if name.startswith("gradient") and 0 < value.numel() <= FEW]
-    if few:
-        noises = [noise_of_rounded_inputs(op, inputs, wide_upstream, exact, seed) for seed in range(4)]
-        for name in few:
-            errors = [(plain[name].double() - exact[name]).abs(), *(noise[name].abs() for noise in noises)]
-            plain[name] = (exact[name] + torch.stack(errors).amax()).to(plain[name].dtype)
-    return exact, plain
-
-
-# A gradient of so few values may be rounded luckily in all of them, though each is a sum over everything: what can be
-# asked of it is told by how far it moves when the inputs are rounded, too.
-FEW = 4
-
-
-def noise_of_rounded_inputs(
-    op: str, inputs: dict, upstream: tuple[Tensor, ...], exact: dict[str, Tensor], seed: int
-) -> dict[str, Tensor]:
-    """How far each result moves when every input moves by up to one rounding at random."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def moved(value: Tensor, dtype: torch.dtype) -> Tensor:
-        noise = 2 * torch.rand(value.shape, generator=generator).to(value.device, torch.float64) - 1
-        return value.double() * (1 + torch.finfo(dtype).eps * noise)
-
-    rounded = {
-        name: moved(value, value.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-    results = run(op, getattr(kernels_torch, op), CASES[op].cast(rounded, torch.float64), upstream)
-    return {name: results[name] - exact[name] for name in exact if exact[name].is_floating_point()}
-
-
-def dtype_of(op: str, inputs: dict) -> torch.dtype:
-    """The one under test: that of the first input that is not held in fp32, or what the op is told to give."""
-    if "dtype" in inputs:
-        return inputs["dtype"]
-    names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()]
-    return next(inputs[name].dtype for name in names if name not in CASES[op].fp32)
-
-
-def fp64_with_the_error_of_fp32(
-    op: str, inputs: dict, upstream: tuple[Tensor, ...], exact: dict[str, Tensor]
-) -> dict[str, Tensor]:
-    """What plain fp64 would give if we knew the truth beyond fp64: as far off as fp32, in units of its rounding."""
-    case, reference = CASES[op], getattr(kernels_torch, op)
-    rounded, upstream = case.cast(inputs, torch.float32), tuple(up.float() for up in upstream)
-    plain = run(op, reference, rounded, upstream)
-    truth = run(op, reference, case.cast(rounded, torch.float64), tuple(up.double() for up in upstream))
-    ratio = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
-    return {
-        name: exact[name] + ratio * (plain[name].double() - truth[name]) if exact[name].is_floating_point() else value
-        for name, value in plain.items()
-    }
 
 
 @pytest.mark.parametrize(("backend", "op"), OPS)
