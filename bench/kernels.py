@@ -1,10 +1,11 @@
 """Each op against its peers: `python -m bench.kernels --op rmsnorm` prints a table and writes bench/results/*.csv.
 
 Candidates are our kernel, the plain PyTorch reference, the reference under torch.compile, and what else is installed
-(`PEERS`); `--tune` adds our kernel with other tiles, to choose the numbers in kernels_triton/launch.py. A candidate is
-timed only after its outputs and gradients have been found as exact as plain PyTorch's. Times are of the forward and of
-the backward pass alone. The roof is a copy of 2 GiB; a copy of just as many bytes as the op must move stands in the
-table too, because starting and ending a kernel costs it some microseconds as well.
+(bench/peers.py); `--tune` adds our kernel with other tiles, to choose the numbers in kernels_triton/launch.py. Nothing
+of ours is timed before its outputs and gradients have been found as exact as plain PyTorch's. Times are of the forward
+pass, of the backward pass, and of both. The roof is a copy of 2 GiB; a copy of just as many bytes as the op must move
+stands in the table too, because starting and ending a kernel costs it some microseconds as well. Ops that are bound by
+matrix products have those products alone, by cuBLAS, as their floor.
 """
 
 import argparse
@@ -13,7 +14,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from unittest.mock import patch
@@ -23,67 +23,63 @@ import torch._functorch.config as functorch_config
 from torch import Tensor
 
 import kernels_torch
+from bench.peers import UNCHUNKED, peers, products_of
 from bench.timing import Call, Timing, capture, copy_gbps, host_us, machine_card, time_in_turns
 from kernels_torch.cases import CASES, Case, Shape
-from model.ops import OP_NAMES, KernelConfig, load_ops
-from tests.numerics import assert_close
+from model.ops import find_op, load_backend, prove
+from tests.numerics import assert_close, exact_and_plain, floating, outputs
 
 RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Candidate:
-    """One way to compute an op: calls to time its forward and its backward pass."""
+    """One way to compute an op: calls to time its forward pass, its backward pass, and both."""
 
-    def __init__(self, case: Case, function: Callable, inputs: Shape, dtype: torch.dtype) -> None:
-        self.function, self.inputs = function, case.cast(inputs, dtype)
-        self.leaves = {n: self.inputs[n].requires_grad_() for n in case.differentiable if self.inputs[n] is not None}
-        self.outs = self.outputs()
-        generator = torch.Generator(self.outs[0].device).manual_seed(1)
-        self.upstream = [
-            torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32).to(out.dtype)
-            for out in self.outs
-        ]
-
-    def outputs(self) -> tuple[Tensor, ...]:
-        out = self.function(**self.inputs)
-        return out if isinstance(out, tuple) else (out,)
+    def __init__(self, case: Case, function: Callable, inputs: Shape, upstream: tuple[Tensor, ...] | None) -> None:
+        self.function, self.inputs = function, inputs
+        self.leaves = [inputs[n].requires_grad_() for n in case.differentiable if inputs[n] is not None]
+        self.names = [n for n in case.differentiable if inputs[n] is not None]
+        self.outs = outputs(function, inputs)
+        self.upstream = gradients_for(self.outs) if upstream is None else upstream
 
     def forward(self) -> tuple[Tensor, ...]:
-        return self.outputs()
+        return outputs(self.function, self.inputs)
 
     def backward(self) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(self.outs, list(self.leaves.values()), self.upstream, retain_graph=True)
+        return torch.autograd.grad(floating(self.outs), self.leaves, self.upstream, retain_graph=True)
+
+    def both(self) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(floating(self.forward()), self.leaves, self.upstream)
 
     def results(self) -> dict[str, Tensor]:
-        grads = zip(self.leaves, self.backward(), strict=True) if self.leaves else []
-        return {f"output {i}": out.detach() for i, out in enumerate(self.outs)} | {f"d{n}": g for n, g in grads}
+        grads = zip(self.names, self.backward(), strict=True) if self.leaves else []
+        outs = {f"output {i}": out.detach() for i, out in enumerate(self.outs)}
+        return outs | {f"gradient of {name}": grad for name, grad in grads}
+
+
+def gradients_for(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Random incoming gradients, made where the outputs are."""
+    generator = torch.Generator(outs[0].device).manual_seed(1)
+    return tuple(
+        torch.randn(out.shape, generator=generator, device=out.device, dtype=torch.float32).to(out.dtype)
+        for out in floating(outs)
+    )
 
 
 def candidates(op: str, device: torch.device, tune: bool) -> dict[str, Callable]:
     """Name → function. What lacks the op is left out of the table rather than replaced by something else."""
     reference = getattr(kernels_torch, op)
-    found = {"torch": reference, "torch.compile": torch.compile(reference, fullgraph=True)}
-    if device.type == "cuda" and op in PEERS:
-        found |= PEERS[op]()
+    plain = UNCHUNKED.get(op, reference)
+    found = {"torch": reference, "torch.compile": torch.compile(plain, fullgraph=True)}
+    if device.type == "cuda":
+        found |= peers(op)
     if device.type == "cuda" and op in import_module("kernels_triton").__all__:
-        config = KernelConfig(**{name: "triton" if name == op else "torch" for name in OP_NAMES})
-        ours = getattr(load_ops(config, device), op)
-        found["triton"] = ours
+        found["triton"] = ours = find_op(load_backend("triton", device), op)
+        prove(op, ours, device)
         if tune and op in TILES:
             found |= {name: with_launch(ours, changes) for name, changes in TILES[op]().items()}
     return found
-
-
-def rmsnorm_peers() -> dict[str, Callable]:
-    """Liger computes in fp32 throughout, as we do, in the mode it names after Gemma."""
-    if not find_spec("liger_kernel"):
-        return {}
-    liger = import_module("liger_kernel.ops.rms_norm").LigerRMSNormFunction
-    return {"liger": lambda x, weight, eps: liger.apply(x, weight, eps, 0.0, "gemma", False)}
-
-
-PEERS = {"rmsnorm": rmsnorm_peers}
 
 
 def rmsnorm_tiles() -> dict[str, dict[str, Callable]]:
@@ -146,21 +142,37 @@ def bench_shape(
     stream = torch.cuda.Stream() if device.type == "cuda" else None
     with torch.cuda.stream(stream):  # backward runs where forward ran, and a graph is captured on a stream of its own
         runs = checked(case, functions, inputs, dtype)
+        products = products_of(case.op, inputs)
         rows = []
-        for direction in ("forward", "backward") if case.differentiable else ("forward",):
+        for direction in DIRECTIONS if case.differentiable else DIRECTIONS[:1]:
             calls = {name: under_its_launch(functions[name], getattr(run, direction)) for name, run in runs.items()}
+            memory = {name: peak_mib(call) for name, call in calls.items()} if stream else {}
             graphs = time_graphs(calls, device, stream, rounds)
             queued = {name: host_us(call) for name, call in calls.items()} if stream else {}
+            calls |= {PRODUCTS: products[direction]} if products else {}
             calls[COPY] = copy_of(case, shape, dtype, direction, device)
             timings = time_in_turns(calls, device, rounds=rounds)
             rows += [
                 row_of(case, shape, dtype, direction, name, timings[name], graphs.get(name), queued.get(name))
+                | {"peak_mib": memory.get(name, "")}
                 for name in calls
             ]
     return rows
 
 
+DIRECTIONS = ("forward", "backward", "both")
 COPY = "copy of as many bytes"
+PRODUCTS = "its products alone"
+
+
+def peak_mib(call: Call) -> float:
+    """MiB that a call holds at its worst beyond what was there, its results included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return round((torch.cuda.max_memory_allocated() - before) / 2**20, 1)
 
 
 def copy_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str, device: torch.device) -> Call:
@@ -172,28 +184,42 @@ def copy_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str, device
 
 
 def bytes_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> int:
-    return int(case.bytes(**shape) * dtype.itemsize * (case.backward[1] if direction == "backward" else 1))
+    return int(case.bytes(**shape) * dtype.itemsize * factor(case.backward[1], direction))
+
+
+def flops_of(case: Case, shape: Shape, direction: str) -> int:
+    return int(case.flops(**shape) * factor(case.backward[0], direction))
+
+
+def factor(backward: float, direction: str) -> float:
+    """Work of a direction as a multiple of the forward pass."""
+    return {"forward": 1.0, "backward": backward, "both": 1.0 + backward}[direction]
 
 
 def checked(case: Case, functions: dict[str, Callable], inputs: Shape, dtype: torch.dtype) -> dict[str, Candidate]:
-    """No timing on a red test: each candidate is as exact as plain PyTorch. Tiles that do not fit are left out."""
-    runs = {"torch": Candidate(case, functions["torch"], inputs, dtype)}
-    exact = Candidate(case, functions["torch"], inputs, torch.float64)
-    exact.upstream = [up.double() for up in runs["torch"].upstream]
-    truth, plain = exact.results(), runs["torch"].results()
+    """No timing of ours on a red test. Peers and tiles that cannot do the shape are left out, and it is said."""
+    runs = {"torch": Candidate(case, functions["torch"], case.cast(inputs, dtype), None)}
+    upstream = runs["torch"].upstream
+    exact, plain = exact_and_plain(case.op, case.cast(inputs, dtype), upstream)
     for name, function in functions.items():
+        ours = name in ("torch", "triton")
         try:
             with launched(function):
-                runs[name] = Candidate(case, function, inputs, dtype)
-                results = runs[name].results()
-        except Exception as error:
-            if not hasattr(function, "changes"):
+                run = Candidate(case, function, case.cast(inputs, dtype), upstream)
+                results = run.results()
+            for key, value in results.items():
+                if value.is_floating_point():
+                    assert_close(value, exact[key], plain[key], f"{case.op} {name} {key} in {dtype}")
+            runs[name] = run
+        except AssertionError as error:
+            if ours or hasattr(function, "changes"):
                 raise
-            print(f"  {name} does not run: {str(error).splitlines()[0]}")
-            runs.pop(name, None)
-            continue
-        for key, value in results.items():
-            assert_close(value, truth[key], plain[key], f"{case.op} {name} {key} in {dtype}")
+            print(f"  {name} is less exact than plain PyTorch, and timed all the same: {error}")
+            runs[name] = run
+        except Exception as error:
+            if ours:
+                raise
+            print(f"  {name} does not run: {(str(error) or type(error).__name__).splitlines()[0]}")
     return runs
 
 
@@ -225,30 +251,39 @@ def row_of(
         "graph_us": round(graph.median_us, 2) if graph else "",
         "host_us": round(host, 1) if host else "",
         "bytes": bytes_of(case, shape, dtype, direction),
-        "flops": 0 if name == COPY else int(case.flops(**shape) * (case.backward[0] if direction == "backward" else 1)),
+        "flops": 0 if name == COPY else flops_of(case, shape, direction),
     }
 
 
 def add_rates(rows: list[dict], roof_gbps: float) -> None:
-    """GB/s, share of the copy bandwidth and TFLOP/s. Eager call and graph both bound what the GPU needs from above:
-    one may wait for the host, the other for the graph to be started."""
+    """GB/s, share of the copy bandwidth, TFLOP/s, and share of the floor's speed.
+
+    The floor is the products alone where an op has them, else its bytes at the copy bandwidth. Eager call and graph
+    both bound what the GPU needs from above: one may wait for the host, the other for the graph to be started.
+    """
     for row in rows:
-        us = row["gpu_us"] = min(row["median_us"], row["graph_us"] or row["median_us"])
-        row["gbps"] = round(row["bytes"] / us / 1e3, 1)
+        row["gpu_us"] = min(row["median_us"], row["graph_us"] or row["median_us"])
+    products = {(row["shape"], row["direction"]): row["gpu_us"] for row in rows if row["candidate"] == PRODUCTS}
+    for row in rows:
+        row["gbps"] = round(row["bytes"] / row["gpu_us"] / 1e3, 1)
         row["copy_gbps"] = round(roof_gbps, 1)
         row["share_of_copy"] = round(row["gbps"] / roof_gbps, 3)
-        row["tflops"] = round(row["flops"] / us / 1e6, 2)
+        row["tflops"] = round(row["flops"] / row["gpu_us"] / 1e6, 2)
+        floor_us = products.get((row["shape"], row["direction"]), row["bytes"] / roof_gbps / 1e3)
+        row["share_of_floor"] = round(floor_us / row["gpu_us"], 3)
 
 
 def print_table(rows: list[dict]) -> None:
-    """One block per shape: every candidate forward and backward."""
+    """One block per shape: every candidate in every direction."""
     for shape in dict.fromkeys(row["shape"] for row in rows):
         print(f"\n{rows[0]['op']} {shape} {rows[0]['dtype']}")
-        print(f"  {'':34}{'direction':>10}{'µs':>9}{'graph':>9}{'host':>8}{'of copy':>9}{'TFLOP/s':>9}")
+        heads = ("µs", "graph", "host", "peak MiB", "of copy", "of floor", "TFLOP/s")
+        print(f"  {'':34}{'direction':>10}" + "".join(f"{head:>10}" for head in heads))
         for row in (row for row in rows if row["shape"] == shape):
             print(
-                f"  {row['candidate']:34}{row['direction']:>10}{row['median_us']:>9.1f}{row['graph_us'] or '–':>9}"
-                f"{row['host_us'] or '–':>8}{row['share_of_copy']:>9.2f}{row['tflops']:>9.1f}"
+                f"  {row['candidate']:34}{row['direction']:>10}{row['median_us']:>10.1f}{row['graph_us'] or '–':>10}"
+                f"{row['host_us'] or '–':>10}{row['peak_mib'] if row['peak_mib'] != '' else '–':>10}"
+                f"{row['share_of_copy']:>10.3f}{row['share_of_floor']:>10.3f}{row['tflops']:>10.1f}"
             )
 
 
@@ -265,7 +300,7 @@ def write_csv(rows: list[dict], card: dict[str, str], folder: Path) -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--op", choices=OP_NAMES, action="append", help="default: every op that has a Triton kernel")
+    parser.add_argument("--op", choices=CASES, action="append", help="default: every op that has a Triton kernel")
     parser.add_argument("--dtype", choices=DTYPES, default="bf16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--small", action="store_true", help="the shapes of the tests instead of those of models")

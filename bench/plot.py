@@ -1,12 +1,14 @@
 """Draw a bench: `python -m bench.plot rmsnorm` turns bench/results/rmsnorm.csv into bench/figures/rmsnorm.png.
 
-One group of bars per shape, one bar per candidate, forward above backward: the share of the machine's copy bandwidth,
-counting each input read once and each output written once. The line is a copy of just as many bytes. Tiles that lost
-a search stay in the CSV and out of the picture.
+One group of bars per shape, one bar per candidate, the directions above each other: how much of its floor's speed each
+candidate reaches. The floor is every input read once and every output written once at the machine's copy bandwidth, or
+for an op bound by matrix products those products alone. The line is a copy of just as many bytes. Tiles that lost a
+search stay in the CSV and out of the picture. Without a name every CSV of an op is drawn.
 """
 
 import argparse
 import csv
+import textwrap
 from pathlib import Path
 
 import matplotlib
@@ -15,10 +17,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from bench.kernels import COPY, RESULTS
+from bench.kernels import COPY, PRODUCTS, RESULTS
+from kernels_torch.cases import CASES
 
 FIGURES = Path(__file__).parent / "figures"
-COLOURS = {"torch": "#9aa5b1", "torch.compile": "#6b7c93", "liger": "#e0a458", "triton": "#c8553d"}
+COLOURS = {
+    "torch": "#9aa5b1",
+    "torch.compile": "#6b7c93",
+    "liger": "#e0a458",
+    "quack": "#7fa650",
+    "triton": "#c8553d",
+}
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
@@ -26,7 +35,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     figure, axes = plt.subplots(len(directions), 1, figsize=(11, 3.4 * len(directions)), sharex=True, squeeze=False)
     for axis, direction in zip(axes[:, 0], directions, strict=True):
         draw_direction(axis, [row for row in rows if row["direction"] == direction])
-        axis.set_ylabel(f"{direction}: share of copy")
+        axis.set_ylabel(f"{direction}: share of floor's speed", fontsize=8)
     axes[0, 0].legend(ncol=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
     card = rows[0]
     figure.text(
@@ -40,28 +49,36 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    share = {(row["shape"], row["candidate"]): float(row["share_of_copy"]) for row in rows}
-    width = 0.8 / len(COLOURS)
-    for i, (name, colour) in enumerate(COLOURS.items()):
+    share = {(row["shape"], row["candidate"]): float(row["share_of_floor"]) for row in rows}
+    by_copy = all(row["candidate"] != PRODUCTS for row in rows)
+    present = [name for name in COLOURS if any(row["candidate"] == name for row in rows)]
+    width = 0.8 / len(present)
+    for i, name in enumerate(present):
+        colour = COLOURS[name]
         places = [
-            (j + (i - (len(COLOURS) - 1) / 2) * width, share.get((shape, name))) for j, shape in enumerate(shapes)
+            (j + (i - (len(present) - 1) / 2) * width, share.get((shape, name))) for j, shape in enumerate(shapes)
         ]
         there = [(x, y) for x, y in places if y is not None]
         axis.bar([x for x, _ in there], [y for _, y in there], width, label=name, color=colour)
     for j, shape in enumerate(shapes):
-        if (shape, COPY) in share:
+        if by_copy and (shape, COPY) in share:
             axis.hlines(share[shape, COPY], j - 0.45, j + 0.45, color="black", lw=1, label=COPY if j == 0 else None)
-    axis.set_xticks(range(len(shapes)), [shape.replace(" weight=", "\nweight ") for shape in shapes], fontsize=6)
+    axis.set_xticks(range(len(shapes)), [in_lines(shape) for shape in shapes], fontsize=6)
     axis.set_ylim(0, 1.1)
     axis.grid(axis="y", lw=0.3)
 
 
+def in_lines(shape: str, width: int = 22) -> str:
+    """Dimensions and options, as many to a line as fit under a group of bars."""
+    return "\n".join(textwrap.wrap(shape, width))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op")
-    op = parser.parse_args().op
-    with (RESULTS / f"{op}.csv").open() as file:
-        draw(list(csv.DictReader(file)), FIGURES / f"{op}.png")
+    parser.add_argument("op", nargs="*")
+    for op in parser.parse_args().op or [op for op in CASES if (RESULTS / f"{op}.csv").exists()]:
+        with (RESULTS / f"{op}.csv").open() as file:
+            draw(list(csv.DictReader(file)), FIGURES / f"{op}.png")
 
 
 if __name__ == "__main__":
