@@ -7,6 +7,7 @@ Two forms. `add_rmsnorm` is every pre-norm block's: add the branch, normalise th
 import torch
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
 from kernels_torch.rmsnorm import check_rmsnorm, rmsnorm
 
 
@@ -20,8 +21,7 @@ def add_rmsnorm(x: Tensor, branch: Tensor, weight: Tensor | None = None, *, eps:
     Raises ValueError for shapes and dtypes that do not fit together.
     Source: rmsnorm, and the pre-norm residual of https://arxiv.org/abs/2002.04745.
     """
-    check_rmsnorm(x, weight, eps)
-    check_same("branch", branch, x)
+    check_add_rmsnorm(x, branch, weight, eps)
     s = x + branch
     return rmsnorm(s, weight, eps=eps), s
 
@@ -53,11 +53,18 @@ def mix_rmsnorm(
     return rmsnorm(s, eps=eps), s
 
 
+def check_add_rmsnorm(x: Tensor, branch: Tensor, weight: Tensor | None, eps: float) -> None:
+    """Refuse what `add_rmsnorm` cannot mean."""
+    check_rmsnorm(x, weight, eps)
+    check_same("branch", branch, x)
+
+
 def check_mix_rmsnorm(
     x: Tensor, anchor: Tensor, x_scale: Tensor | None, anchor_scale: Tensor, branch: Tensor | None, eps: float
 ) -> None:
     """Refuse what `mix_rmsnorm` cannot mean."""
     check_rmsnorm(x, None, eps)
+    check_devices(x=x, x_scale=x_scale, anchor_scale=anchor_scale)
     check_same("anchor", anchor, x)
     if branch is not None:
         check_same("branch", branch, x)
@@ -68,5 +75,6 @@ def check_mix_rmsnorm(
 
 def check_same(name: str, other: Tensor, x: Tensor) -> None:
     """Refuse an operand that does not match x element by element."""
+    check_devices(**{"x": x, name: other})
     if other.shape != x.shape or other.dtype != x.dtype:
         raise ValueError(f"{name} must be {x.dtype} {tuple(x.shape)} like x, got {other.dtype} {tuple(other.shape)}")

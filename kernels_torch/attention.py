@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
+
 
 def attention(
     q: Tensor,
@@ -79,6 +81,7 @@ def in_whole_words(x: Tensor) -> Tensor:
 def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None) -> None:
     """Refuse what `attention` cannot mean."""
     check_heads(q, k, v)
+    check_devices(q=q, doc_ids=doc_ids)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"there must be at least as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
     if window is not None and window < 0:
@@ -92,6 +95,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q [B, T, H, D], k and v [B, S, Hkv, D] of one floating-point dtype, H a multiple of Hkv."""
+    check_devices(q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q must be [B, Tq, H, D], k and v [B, Tk, Hkv, D], got {shapes}")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels_torch.attention import check_heads, fused_attention, visible
+from kernels_torch.checks import check_devices
 
 
 def attention_decode(
@@ -53,6 +54,7 @@ def attention_decode(
 def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None) -> None:
     """Refuse what `attention_decode` cannot mean."""
     check_heads(q, k_cache, v_cache)
+    check_devices(q=q, lengths=lengths)
     if q.shape[1] > k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} new tokens do not fit a cache of {k_cache.shape[1]}")
     if tuple(lengths.shape) != (q.shape[0],) or lengths.is_floating_point() or lengths.dtype == torch.bool:

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
+
 
 def embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """Row table[t] for every token t, cast to `dtype`.
@@ -76,6 +78,7 @@ def smear(
 
 def check_embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> None:
     """Refuse what `embedding` cannot mean."""
+    check_devices(tokens=tokens, table=table)
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     if table.dim() != 2 or not table.is_floating_point():
@@ -86,6 +89,7 @@ def check_embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> None:
 
 def check_value_embedding(v: Tensor, tokens: Tensor, table: Tensor, gate_input: Tensor, gate_weight: Tensor) -> None:
     """Refuse what `value_embedding` cannot mean."""
+    check_devices(v=v, tokens=tokens, table=table, gate_input=gate_input, gate_weight=gate_weight)
     if v.dim() != 4 or not v.is_floating_point():
         raise ValueError(f"v must be floating point [B, T, Hkv, D], got {v.dtype} {tuple(v.shape)}")
     B, T, Hkv, D = v.shape
@@ -104,6 +108,7 @@ def check_value_embedding(v: Tensor, tokens: Tensor, table: Tensor, gate_input: 
 
 def check_smear(x: Tensor, gate_weight: Tensor, scale: Tensor, previous: Tensor | None, doc_ids: Tensor | None) -> None:
     """Refuse what `smear` cannot mean."""
+    check_devices(x=x, gate_weight=gate_weight, scale=scale, previous=previous, doc_ids=doc_ids)
     if x.dim() != 3 or not x.is_floating_point():
         raise ValueError(f"x must be floating point [B, T, D], got {x.dtype} {tuple(x.shape)}")
     B, T, D = x.shape

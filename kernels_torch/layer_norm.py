@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
+
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """y = (x − mean(x)) / sqrt(var(x) + eps) · w + b over the last dimension, in fp32 (fp64 for fp64 input).
@@ -23,6 +25,7 @@ def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = No
 
 def check_layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> None:
     """Refuse what `layer_norm` cannot mean."""
+    check_devices(x=x, weight=weight, bias=bias)
     if not x.is_floating_point():
         raise ValueError(f"layer_norm takes floating-point x, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:

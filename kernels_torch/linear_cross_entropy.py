@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from kernels_torch.checks import check_devices
+
 # Logits of one chunk: few enough for a CPU's cache (measured fastest on one), enough to fill a GPU (128 MiB in fp32).
 CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 25}
 COMPILED_CHUNKS = 16  # torch.compile unrolls the loop over chunks, so it gets few of them
@@ -122,6 +124,7 @@ def check_linear_cross_entropy(
     reduction: str,
 ) -> None:
     """Refuse what `linear_cross_entropy` cannot mean."""
+    check_devices(x=x, weight=weight, targets=targets, token_weights=token_weights)
     if x.dim() != 2 or weight.dim() != 2 or x.shape[1] != weight.shape[1]:
         raise ValueError(f"x must be [N, D] and weight [V, D], got {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype != weight.dtype or not x.is_floating_point():

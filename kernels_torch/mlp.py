@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
+
 
 def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """relu(x W_upᵀ)² W_downᵀ
@@ -36,6 +38,7 @@ def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tenso
 
 def check_mlp(x: Tensor, ins: tuple[Tensor, ...], w_down: Tensor) -> None:
     """Refuse weights that do not lead from D to F and back."""
+    check_devices(x=x, **{f"weight {i}": weight for i, weight in enumerate((*ins, w_down))})
     if x.dim() == 0 or w_down.dim() != 2 or w_down.shape[0] != x.shape[-1]:
         raise ValueError(f"w_down must be [D, F] for x [..., D], got {tuple(w_down.shape)} for x {tuple(x.shape)}")
     for weight in ins:

@@ -31,8 +31,7 @@ def newton_schulz(g: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     Raises ValueError for a g that is not a stack of floating-point matrices.
     Source: Amsel et al., The Polar Express, https://arxiv.org/abs/2505.16932.
     """
-    if g.dim() != 3 or not g.is_floating_point():
-        raise ValueError(f"newton_schulz takes a floating-point stack [K, r, c], got {g.dtype} {tuple(g.shape)}")
+    check_newton_schulz(g)
     g = g.to(torch.promote_types(g.dtype, torch.float32))
     norm = torch.linalg.vector_norm(g, dim=(1, 2), keepdim=True)
     X = (g / (1.01 * norm + 1e-6)).to(dtype)
@@ -42,3 +41,9 @@ def newton_schulz(g: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         B = torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, X, B, beta=a) if tall else torch.baddbmm(X, B, X, beta=a)
     return X
+
+
+def check_newton_schulz(g: Tensor) -> None:
+    """Refuse what `newton_schulz` cannot mean."""
+    if g.dim() != 3 or not g.is_floating_point():
+        raise ValueError(f"newton_schulz takes a floating-point stack [K, r, c], got {g.dtype} {tuple(g.shape)}")

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
+
 
 def qk_norm_rope(
     q: Tensor,
@@ -105,6 +107,7 @@ def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float | None, scal
 
 def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: int | Tensor, eps: float | None) -> None:
     """Refuse what `qk_norm_rope` cannot mean."""
+    check_devices(q=q, k=k, cos=cos, sin=sin, start=start if isinstance(start, Tensor) else None)
     if q.dim() != 4 or k.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(f"q must be [B, T, H, D] and k [B, T, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.dtype != k.dtype or not q.is_floating_point():
@@ -135,6 +138,7 @@ def check_qk_norm_rope_append(
     eps: float | None,
 ) -> None:
     """Refuse what `qk_norm_rope_append` cannot mean."""
+    check_devices(q=q, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     check_qk_norm_rope(q, k, cos, sin, lengths, eps)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels_torch.checks import check_devices
+
 
 def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
     """y = x · r · w with r = 1 / sqrt(mean(x²) + eps) over the last dimension, computed in fp32 (fp64 for fp64 input).
@@ -24,6 +26,7 @@ def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Te
 
 def check_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> None:
     """Refuse what `rmsnorm` cannot mean."""
+    check_devices(x=x, weight=weight)
     if not x.is_floating_point():
         raise ValueError(f"rmsnorm takes floating-point x, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:

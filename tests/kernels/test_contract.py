@@ -373,3 +373,15 @@ def test_arguments_that_make_no_sense_are_refused_by_name(backend, op, change, m
     inputs = CASES[op].make(CASES[op].check[0], torch.float32, device)
     with pytest.raises(ValueError, match=message):
         getattr(MODULES[backend], op)(**inputs | change(inputs))
+
+
+@pytest.mark.parametrize(("backend", "op"), OPS)
+def test_an_input_on_another_device_is_refused_by_name(backend, op, device):
+    """Each tensor in turn on the meta device: one sentence, before any kernel runs."""
+    case = CASES[op]
+    shape = max(case.check, key=lambda shape: sum(isinstance(v, Tensor) for v in case.inputs(**shape).values()))
+    inputs = case.make(shape, torch.float32, device)
+    tensors = [name for name, value in inputs.items() if isinstance(value, Tensor)]
+    for name in tensors if len(tensors) > 1 else []:
+        with pytest.raises(ValueError, match=r"must be on (meta|cpu|cuda:0) like .*, got (meta|cpu|cuda:0)"):
+            getattr(MODULES[backend], op)(**inputs | {name: inputs[name].to("meta")})
