@@ -2,6 +2,7 @@
 
 import triton
 
+from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.rmsnorm import rmsnorm
 
 if triton.knobs.runtime.interpret:
@@ -9,4 +10,4 @@ if triton.knobs.runtime.interpret:
 
     interpreter.mend()
 
-__all__ = ["rmsnorm"]
+__all__ = ["relu2_mlp", "rmsnorm", "swiglu_mlp"]
