@@ -2,6 +2,7 @@
 
 import triton
 
+from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.rmsnorm import rmsnorm
 
@@ -10,4 +11,4 @@ if triton.knobs.runtime.interpret:
 
     interpreter.mend()
 
-__all__ = ["relu2_mlp", "rmsnorm", "swiglu_mlp"]
+__all__ = ["linear_cross_entropy", "relu2_mlp", "rmsnorm", "swiglu_mlp"]
