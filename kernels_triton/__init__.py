@@ -2,6 +2,7 @@
 
 import triton
 
+from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.rmsnorm import rmsnorm
@@ -11,4 +12,4 @@ if triton.knobs.runtime.interpret:
 
     interpreter.mend()
 
-__all__ = ["linear_cross_entropy", "relu2_mlp", "rmsnorm", "swiglu_mlp"]
+__all__ = ["add_rmsnorm", "linear_cross_entropy", "mix_rmsnorm", "relu2_mlp", "rmsnorm", "swiglu_mlp"]
