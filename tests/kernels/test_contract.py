@@ -105,7 +105,8 @@ def test_an_expanded_incoming_gradient_is_read_right(backend, op, shape, device)
     inputs = CASES[op].make(shape, torch.float32, device)
     outs = outputs(getattr(kernels_torch, op), inputs)
     upstream = tuple(torch.full((), 0.5, device=device).expand(out.shape) for out in floating(outs))
-    judge(op, run(op, getattr(MODULES[backend], op), CASES[op].cast(inputs, torch.float32), upstream), inputs, upstream)
+    got = run(op, getattr(MODULES[backend], op), CASES[op].cast(inputs, torch.float32), upstream)
+    judge(op, got, inputs, upstream, cancels=op == "softmax")  # adding a number to all of a row changes nothing
 
 
 @pytest.mark.parametrize(("backend", "op"), OPS)
