@@ -3,6 +3,7 @@
 import triton
 
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
+from kernels_triton.embedding import embedding, smear, value_embedding
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.rmsnorm import rmsnorm
@@ -12,4 +13,14 @@ if triton.knobs.runtime.interpret:
 
     interpreter.mend()
 
-__all__ = ["add_rmsnorm", "linear_cross_entropy", "mix_rmsnorm", "relu2_mlp", "rmsnorm", "swiglu_mlp"]
+__all__ = [
+    "add_rmsnorm",
+    "embedding",
+    "linear_cross_entropy",
+    "mix_rmsnorm",
+    "relu2_mlp",
+    "rmsnorm",
+    "smear",
+    "swiglu_mlp",
+    "value_embedding",
+]
