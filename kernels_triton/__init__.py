@@ -2,8 +2,10 @@
 
 import triton
 
+from kernels_triton.activations import gelu, softmax, top_k
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_triton.embedding import embedding, smear, value_embedding
+from kernels_triton.layer_norm import layer_norm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.rmsnorm import rmsnorm
@@ -16,11 +18,15 @@ if triton.knobs.runtime.interpret:
 __all__ = [
     "add_rmsnorm",
     "embedding",
+    "gelu",
+    "layer_norm",
     "linear_cross_entropy",
     "mix_rmsnorm",
     "relu2_mlp",
     "rmsnorm",
     "smear",
+    "softmax",
     "swiglu_mlp",
+    "top_k",
     "value_embedding",
 ]
