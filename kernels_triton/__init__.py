@@ -8,6 +8,7 @@ from kernels_triton.embedding import embedding, smear, value_embedding
 from kernels_triton.layer_norm import layer_norm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
+from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from kernels_triton.rmsnorm import rmsnorm
 
 if triton.knobs.runtime.interpret:
@@ -22,6 +23,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mix_rmsnorm",
+    "qk_norm_rope",
+    "qk_norm_rope_append",
     "relu2_mlp",
     "rmsnorm",
     "smear",

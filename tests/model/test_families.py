@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model.ops import KernelConfig, load_ops
-from tests.model.tiny import FORMS, VOCAB, awake, fresh, llama, tokens
+import kernels_torch
+from tests.model.tiny import FORMS, VOCAB, awake, fresh, llama, tokens, triton_ops
 from tests.numerics import assert_close
 
 every_form = pytest.mark.parametrize("form", FORMS)
@@ -125,7 +125,6 @@ def test_activations_stay_in_the_models_dtype(form):
 def test_triton_kernels_agree_with_torch(form, device):
     """Every op that has a Triton kernel, in the whole model: logits, and the gradient of every parameter."""
     pytest.importorskip("triton", reason="triton is not installed")
-    fast = KernelConfig(**dict.fromkeys(import_module("kernels_triton").__all__, "triton"))
     row, targets = tokens(2, 21, device=device), tokens(2, 21, seed=1, device=device)
 
     def logits_and_gradients(dtype, ops=None):
@@ -135,7 +134,7 @@ def test_triton_kernels_agree_with_torch(form, device):
 
     exact, exact_gradients = logits_and_gradients(torch.float64)
     plain, plain_gradients = logits_and_gradients(torch.float32)
-    got, gradients = logits_and_gradients(torch.float32, load_ops(fast, device))
+    got, gradients = logits_and_gradients(torch.float32, triton_ops(device))
     assert_close(got, exact, plain, "logits")
     scales = [g.square().mean().sqrt() for g in exact_gradients]  # so that every parameter counts the same
     got, exact, plain = (
@@ -143,6 +142,51 @@ def test_triton_kernels_agree_with_torch(form, device):
         for each in (gradients, exact_gradients, plain_gradients)
     )
     assert_close(got.float(), exact, plain.float(), "gradients")
+
+
+# What plain PyTorch would do our kernels' work with. Attention, matrix products and NanoFalcon's ungated SiLU stay.
+FORBIDDEN = {
+    F: ["rms_norm", "layer_norm", "cross_entropy", "nll_loss", "log_softmax", "softmax", "relu", "gelu", "embedding"],
+    torch: [
+        "rms_norm",
+        "relu",
+        "sigmoid",
+        "tanh",
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "square",
+        "rsqrt",
+        "embedding",
+    ],
+    torch.Tensor: ["relu", "sigmoid", "tanh", "softmax", "log_softmax", "logsumexp", "rsqrt", "gather"],
+}
+
+
+@pytest.mark.parametrize("form", ["plain", "2026", "llama"])
+def test_no_torch_kernel_does_the_work_of_ours(form, device, monkeypatch):
+    """A training step runs with everything that could stand in for a kernel of ours raising instead."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    row, targets = tokens(2, 21, device=device), tokens(2, 21, seed=1, device=device)
+    model = awake(FORMS[form], device=device, ops=triton_ops(device))
+    want = torch.autograd.grad(model(row, targets), list(model.parameters()))
+
+    def forbid(name):
+        def raising(*args, **options):
+            raise AssertionError(f"a training step called {name}")
+
+        return raising
+
+    with monkeypatch.context() as patch:
+        for module, names in FORBIDDEN.items():
+            for name in names:
+                patch.setattr(module, name, forbid(f"{module.__name__}.{name}"))
+        for op in import_module("kernels_triton").__all__:
+            patch.setattr(kernels_torch, op, forbid(f"kernels_torch.{op}"))
+        with pytest.raises(AssertionError, match="rms_norm"):
+            F.rms_norm(torch.ones(2), (2,))
+        got = torch.autograd.grad(model(row, targets), list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 @pytest.mark.parametrize("form", ["2026"])

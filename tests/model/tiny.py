@@ -1,5 +1,8 @@
 """Tiny models of every form, small enough to compare position by position, and awake: no projection is zero."""
 
+from functools import cache
+from importlib import import_module
+
 import torch
 
 from model import build
@@ -7,7 +10,7 @@ from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.llama import LlamaConfig
 from model.nanochat import NanochatConfig
-from model.ops import KernelConfig, Ops, load_ops
+from model.ops import OP_NAMES, KernelConfig, Ops, load_ops
 
 VOCAB = 75  # padded to 128
 NANOCHAT_2026 = {
@@ -49,6 +52,13 @@ FORMS: dict[str, ModelConfig] = {
 
 def torch_ops(device: torch.device | str = "cpu") -> Ops:
     return load_ops(KernelConfig(), torch.device(device))
+
+
+@cache
+def triton_ops(device: torch.device | str = "cpu") -> Ops:
+    """Every op that has a Triton kernel, and plain PyTorch for the rest."""
+    kernels = set(import_module("kernels_triton").__all__) & set(OP_NAMES)
+    return load_ops(KernelConfig(**dict.fromkeys(kernels, "triton")), torch.device(device))
 
 
 def fresh(
