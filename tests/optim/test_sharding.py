@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 from kernels_torch.newton_schulz import newton_schulz
 from optim.sharding import Ranks
 from tests.optim import rank_worker
-from tests.optim.rank_worker import CLIP, CONFIGS, STEPS, averaged_gradients, train
+from tests.optim.rank_worker import CLIP, CONFIGS, NO_DECAY, STEPS, averaged_gradients, train
 from tests.optim.toy import Toy, snapshot, toy_optimizer
 
 WORLD_SIZES = (2, 3)
@@ -102,8 +102,8 @@ def test_only_small_parameters_have_their_state_on_every_rank(ranks, world_size,
 
 @each_world
 def test_clipping_uses_the_norm_over_all_shards(ranks, world_size):
-    model, *_ = alone(world_size, grad_clip=CLIP)
-    reference, optimizer = toy_optimizer(newton_schulz)
+    model, *_ = alone(world_size, NO_DECAY, grad_clip=CLIP)
+    reference, optimizer = toy_optimizer(newton_schulz, config=NO_DECAY)
     norms = []
     for step in range(STEPS):
         for p, g in zip(reference.parameters(), averaged_gradients(reference, world_size, step)):
