@@ -62,7 +62,7 @@ def load_engine(config: InferConfig) -> Engine:
     check_hardware(config.hardware)
     saved = checkpoint.read_checkpoint(find_checkpoint(config.ckpt, config.runs_dir))
     device = distributed.init(with_dtype_of(saved, config.hardware))
-    ops = load_ops(config.kernels, device.device)
+    ops = load_ops(config.kernels, device.device, device.dtype)
     tokenizer = tokenizer_from_json(saved.tokenizer_json)
     model = load_model(saved, tokenizer.vocab_size, ops, device)
     n_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -45,7 +45,7 @@ def main(run: RunConfig) -> None:
         tensorboard_writer()  # missing, it is missed now rather than when the data is ready
     device = distributed.init(run.hardware)
     try:
-        ops = load_ops(run.kernels, device.device)
+        ops = load_ops(run.kernels, device.device, device.dtype)
         directory = choose_directory(run, device)
         with run_directory.lock(directory.path, device.is_main):
             train(run, directory, ops, device)

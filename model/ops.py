@@ -54,18 +54,22 @@ KernelConfig.__module__ = __name__  # so that it can be pickled
 KernelConfig.__doc__ = "The backend of every op: a word X stands for the package kernels_X."
 
 
-def load_ops(config: KernelConfig, device: torch.device | str) -> Ops:
-    """The functions `config` asks for, each proven to be there and, for Triton, to run on `device`.
+def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Ops:
+    """The functions `config` asks for, each proven to be there and, for Triton, to run on `device` in `dtype`.
 
     Raises KestrelError for a backend that does not exist, cannot run here, or lacks the op.
     """
     device = torch.device(device)
+    if "triton" in chosen_backends(config).values() and is_interpreted() and dtype == torch.bfloat16:
+        raise KestrelError(
+            "Triton's interpreter is silently wrong in bfloat16: take hardware.dtype=float32, or kernels=torch"
+        )
     chosen = chosen_backends(config)
     modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
     for op, backend in chosen.items():
         if backend == "triton":
-            prove(op, ops[op], device)
+            prove(op, ops[op], device, dtype)
     return Ops(**ops)
 
 
@@ -130,7 +134,7 @@ def require_triton(device: torch.device) -> None:
         )
 
 
-def prove(op: str, function: Callable, device: torch.device) -> None:
+def prove(op: str, function: Callable, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
     """Run the op once, forward and backward, on its smallest case and compare with the reference.
 
     This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
@@ -141,21 +145,23 @@ def prove(op: str, function: Callable, device: torch.device) -> None:
     remedy = f"take kernels.{op}=torch"
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            got, expected = (run_case(case, f, device) for f in (function, reference))
+            got, expected = (run_case(case, f, device, dtype) for f in (function, reference))
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise KestrelError(f"the triton kernel of {op} does not run on {device} ({reason}): {remedy}") from error
     for a, b in zip(got, expected, strict=True):
-        if a.shape != b.shape or not torch.allclose(a.double(), b.double(), rtol=1e-2, atol=1e-2):
+        if a.shape != b.shape or not (a.double() - b.double()).norm() <= 0.05 * b.double().norm() + 1e-3:
             raise KestrelError(f"the triton kernel of {op} gives wrong results on {device}: {remedy}")
 
 
-def run_case(case: object, function: Callable, device: torch.device) -> list[Tensor]:
-    """Outputs and gradients of `function` on the case's first shape, in fp32."""
-    inputs = case.make(case.check[0], torch.float32, device)
+def run_case(case: object, function: Callable, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients of `function` on the case's first shape."""
+    inputs = case.make(case.check[0], dtype, device)
     leaves = [inputs[name].requires_grad_() for name in case.differentiable if inputs[name] is not None]
     with torch.enable_grad():
         out = function(**inputs)
         outs = list(out) if isinstance(out, tuple) else [out]
-        grads = torch.autograd.grad([o.float().square().sum() for o in outs], leaves) if leaves else []
+        floating = [out for out in outs if out.is_floating_point()]
+        upstream = [torch.arange(out.numel(), device=device).cos().to(out.dtype).view(out.shape) for out in floating]
+        grads = torch.autograd.grad(floating, leaves, upstream) if leaves else []
     return [*outs, *grads]

@@ -14,7 +14,8 @@ from omegaconf import OmegaConf
 import kernels_torch
 import model.ops
 from errors import KestrelError
-from model.ops import OP_NAMES, KernelConfig, describe_ops, load_ops
+from model.ops import OP_NAMES, KernelConfig, describe_ops, load_ops, prove
+from tests.conftest import HAS_GPU
 from tests.kernels.test_contract import BACKENDS, MODULES
 
 ROOT = Path(__file__).parents[2]
@@ -172,3 +173,21 @@ def test_triton_is_not_imported_when_nobody_asks_for_it():
     )
     assert printed.strip() == "[]"
     assert find_spec("triton") is not None
+
+
+@needs_triton
+def test_the_interpreter_is_refused_in_bfloat16(device):
+    """It would be silently wrong there; a GPU is not."""
+    if device.type == "cuda":
+        load_ops(KernelConfig(rmsnorm="triton"), device, torch.bfloat16)
+    else:
+        with pytest.raises(KestrelError, match=r"bfloat16: take hardware\.dtype=float32"):
+            load_ops(KernelConfig(rmsnorm="triton"), device, torch.bfloat16)
+        load_ops(KernelConfig(), device, torch.bfloat16)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])])
+def test_every_kernel_is_proven_in_the_dtype_of_the_run(dtype, device):
+    for op in MODULES["triton"].__all__:
+        prove(op, getattr(MODULES["triton"], op), device, dtype)

@@ -13,7 +13,7 @@ from tests.optim.toy import Toy, random_gradients, set_gradients, snapshot, toy_
 STEPS = 4
 CONFIGS = {"muon_adamw": MuonAdamWConfig(), "adamw": AdamWConfig(lr=0.01)}
 CLIP = 0.5
-# Muon decays a weight where update and weight share a sign; the norm of the clip, summed in another order, could turn it.
+# Muon decays a weight where update and weight share a sign; a norm summed in another order could turn it.
 NO_DECAY = MuonAdamWConfig(weight_decay=0.0)
 # Ranks see different gradients; their averages are whole gradients of the same size.
 RANK_SEEDS = {2: (10, 20), 3: (10, 20, 30)}
