@@ -321,6 +321,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
     parser.add_argument("--commit", help="what is timed, where git cannot say")
     args = parser.parse_args()
+    if args.tune and set(args.op or []) - set(TILES) | (set() if args.op else {"every op"}):
+        parser.error(f"--tune knows the tiles of --op {' '.join(TILES)} only")
+    if args.device == "cpu":
+        print("no GPU: our kernels are not timed, as Triton's interpreter would say nothing of them")
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     functorch_config.donated_buffer = False  # backward is repeated on one forward
     roof, card = copy_gbps(device), machine_card(device)

@@ -17,11 +17,24 @@ from kernels_torch.cases import Shape
 
 
 def plain_linear_cross_entropy(
-    x: Tensor, weight: Tensor, targets: Tensor, *, token_weights: None, vocab_size: int, softcap: float, reduction: str
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    token_weights: Tensor | None,
+    vocab_size: int,
+    softcap: float | None,
+    reduction: str,
 ) -> Tensor:
     """What one writes without thinking of memory, and what a compiler can do most with."""
-    z = F.linear(x, weight)[:, :vocab_size].float()
-    return F.cross_entropy(softcap * torch.tanh(z / softcap), targets, ignore_index=-1, reduction=reduction)
+    z = F.linear(x, weight)[:, :vocab_size].to(torch.promote_types(x.dtype, torch.float32))
+    z = z if softcap is None else softcap * torch.tanh(z / softcap)
+    if token_weights is None:
+        return F.cross_entropy(z, targets, ignore_index=-1, reduction=reduction)
+    loss = F.cross_entropy(z, targets, ignore_index=-1, reduction="none") * token_weights
+    if reduction == "none":
+        return loss
+    return loss.sum() if reduction == "sum" else loss.sum() / (targets != -1).sum().clamp(min=1)
 
 
 UNCHUNKED = {"linear_cross_entropy": plain_linear_cross_entropy}
@@ -35,6 +48,8 @@ def liger(module: str, name: str) -> Callable:
 def liger_linear_cross_entropy(
     x: Tensor, weight: Tensor, targets: Tensor, *, token_weights: None, vocab_size: int, softcap: float, reduction: str
 ) -> Tensor:
+    if token_weights is not None or vocab_size != weight.shape[0]:
+        raise NotImplementedError("Liger knows no weights of tokens and no padding")
     apply = liger("fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction")
     return apply(x, weight, targets, None, None, -1, 0.0, 0.0, reduction, softcap)[0]
 

@@ -49,7 +49,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    share = {(row["shape"], row["candidate"]): float(row["share_of_floor"]) for row in rows}
+    share = {(row["shape"], row["candidate"]): float(row.get("share_of_floor") or row["share_of_copy"]) for row in rows}
     by_copy = all(row["candidate"] != PRODUCTS for row in rows)
     present = [name for name in COLOURS if any(row["candidate"] == name for row in rows)]
     width = 0.8 / len(present)
@@ -75,8 +75,12 @@ def in_lines(shape: str, width: int = 22) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("op", nargs="*")
-    for op in parser.parse_args().op or [op for op in CASES if (RESULTS / f"{op}.csv").exists()]:
+    measured = [op for op in CASES if (RESULTS / f"{op}.csv").exists()]
+    parser.add_argument("op", nargs="*", help=f"measured: {', '.join(measured)}")
+    args = parser.parse_args()
+    if unknown := [op for op in args.op if op not in measured]:
+        parser.error(f"bench/results has no {unknown[0]}.csv: python -m bench.kernels --op {unknown[0]} makes it")
+    for op in args.op or measured:
         with (RESULTS / f"{op}.csv").open() as file:
             draw(list(csv.DictReader(file)), FIGURES / f"{op}.png")
 
