@@ -21,6 +21,8 @@ Which values are added in which order follows from the tokens alone. The same pa
 Forward keeps σ(z), or a, which is one value a token and head. Sums over all tokens for the gate's weight are those of a
 fixed number of programs, added in a second kernel.
 
+Table and gate_weight are rounded to the dtype of v (x) as they are read, and computed with in fp32 from there.
+
 A token outside the table is an IndexError on a CPU. A GPU would have to be waited for: there its values are NaN, and so
 is all that is computed from them. Nothing is read or written outside of the table.
 """
@@ -89,7 +91,8 @@ def _value_embedding_fwd_kernel(
     b_token = tl.load(tokens + o_n * stride_token, mask=m_n, other=0).to(tl.int64)                      # [BT]
     inside = (b_token >= 0) & (b_token < V)
     p_e = table + b_token[:, None, None] * stride_tv + (o_h[:, None] * D + o_d[None, :])[None, :, :] * stride_td
-    b_e = tl.load(p_e, mask=m & inside[:, None, None], other=float("nan")).to(sigma.dtype.element_ty)   # [BT, BH, BD]
+    b_e = tl.load(p_e, mask=m & inside[:, None, None], other=float("nan"))                              # [BT, BH, BD]
+    b_e = b_e.to(v.dtype.element_ty).to(sigma.dtype.element_ty)  # rounded as every layer rounds its fp32 masters
     p_v = v + o_n[:, None, None] * stride_vn + o_h[None, :, None] * stride_vh + o_d[None, None, :]
     b_v = tl.load(p_v, mask=m, other=0.0).to(b_e.dtype)                                                 # [BT, BH, BD]
     b_z = tl.zeros([BT, BH], dtype=b_e.dtype)                                                           # [BT, BH]
@@ -98,8 +101,8 @@ def _value_embedding_fwd_kernel(
         p_in = gate_input + o_n[:, None] * stride_in + o_g[None, :] * stride_ig
         p_w = gate_weight + o_h[:, None] * stride_wh + o_g[None, :] * stride_wg
         b_in = tl.load(p_in, mask=m_n[:, None] & (o_g < G)[None, :], other=0.0).to(b_e.dtype)           # [BT, BG]
-        b_w = tl.load(p_w, mask=m_h[:, None] & (o_g < G)[None, :], other=0.0).to(b_e.dtype)             # [BH, BG]
-        b_z += tl.sum(b_in[:, None, :] * b_w[None, :, :], 2)
+        b_w = tl.load(p_w, mask=m_h[:, None] & (o_g < G)[None, :], other=0.0).to(v.dtype.element_ty)    # [BH, BG]
+        b_z += tl.sum(b_in[:, None, :] * b_w.to(b_e.dtype)[None, :, :], 2)
     b_sigma = tl.sigmoid(b_z)                                                                           # [BT, BH]
     b_y = b_v + (gate_range * b_sigma)[:, :, None] * b_e                                                # [BT, BH, BD]
     p_y = y + (o_n[:, None, None] * H + o_h[None, :, None]) * D + o_d[None, None, :]
@@ -170,7 +173,7 @@ def _chunks_kernel(
         if dots is not None:
             dots += i_d * N * H
             p_e = table + token.to(tl.int64) * stride_tv + (o_ch * D + o_cd) * stride_td
-            b_e = tl.load(p_e, mask=m, other=0.0).to(b_sum.dtype)                                       # [BH · BD]
+            b_e = tl.load(p_e, mask=m, other=0.0).to(d.dtype.element_ty).to(b_sum.dtype)                # [BH · BD]
         b_sum = _add_entries(
             b_sum, b_e, d, order, sigma, dots, i_l * L, L, 0, L, stride_n, o_h, o_ch * stride_h + o_cd, m, H, BT, BH, BD
         )
@@ -200,7 +203,8 @@ def _table_bwd_kernel(
     if dots is not None:
         dots += i_d * N * H
         p_e = table + i_v * stride_tv + o_c * stride_td
-        b_e = tl.load(p_e, mask=m & (o_c < tl.where(begin < end, H * D, 0)), other=0.0).to(b_sum.dtype)  # [BH · BD]
+        b_e = tl.load(p_e, mask=m & (o_c < tl.where(begin < end, H * D, 0)), other=0.0)                 # [BH · BD]
+        b_e = b_e.to(d.dtype.element_ty).to(b_sum.dtype)
     b_sum = _add_entries(
         b_sum, b_e, d, order, sigma, dots, begin, n_head, tail, n_head + end - tail,
         stride_n, o_h, o_ch * stride_h + o_cd, m, H, BT, BH, BD,
@@ -226,7 +230,8 @@ def _gate_bwd_kernel(
     m_h, m_g = o_h < H, o_g < G
     if dgate_input is not None:
         p_w = gate_weight + o_g[:, None] * stride_wg + o_h[None, :].to(tl.int64) * stride_wh
-        b_w = tl.load(p_w, mask=m_g[:, None] & m_h[None, :], other=0.0).to(sigma.dtype.element_ty)      # [BG, BH]
+        b_w = tl.load(p_w, mask=m_g[:, None] & m_h[None, :], other=0.0)                                 # [BG, BH]
+        b_w = b_w.to(gate_input.dtype.element_ty).to(sigma.dtype.element_ty)
     b_dw = tl.zeros([BH, BG], dtype=sigma.dtype.element_ty)                                             # [BH, BG]
     for i_n in range(i_p, tl.cdiv(N, BT), n_p):
         o_n = i_n * BT + tl.arange(0, BT)
@@ -284,8 +289,8 @@ def _smear_fwd_kernel(
     for i_g in range(0, G, BG):
         o_g = i_g + tl.arange(0, BG).to(tl.int64)
         b_in = tl.load(p_x[:, None] + o_g[None, :], mask=m_n[:, None] & (o_g < G)[None, :], other=0.0)  # [BT, BG]
-        b_w = tl.load(gate_weight + o_g * stride_w, mask=o_g < G, other=0.0).to(b_x.dtype)              # [BG]
-        b_z += tl.sum(b_in.to(b_x.dtype) * b_w[None, :], 1)
+        b_w = tl.load(gate_weight + o_g * stride_w, mask=o_g < G, other=0.0).to(x.dtype.element_ty)     # [BG]
+        b_z += tl.sum(b_in.to(b_x.dtype) * b_w.to(b_x.dtype)[None, :], 1)
     b_a = tl.where(goes_on, tl.sigmoid(b_z), 0.0)                                                       # [BT]
     b_y = b_x + (tl.load(scale).to(b_x.dtype) * b_a)[:, None] * b_before                                # [BT, BD]
     tl.store(y + o_n[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m)
@@ -335,7 +340,8 @@ def _smear_bwd_kernel(
                 p_after = (p_d + stride_dt)[:, None] + o_d[None, :]
                 b_after = tl.load(p_after, mask=earlier[:, None] & m_d[None, :], other=0.0).to(b_s.dtype)  # [BT, BD]
                 b_after = tl.where((b_next != 0)[:, None], (b_scale * b_next)[:, None] * b_after, 0.0)
-                b_w = tl.load(gate_weight + o_d * stride_w, mask=o_d < G, other=0.0).to(b_s.dtype)      # [BD]
+                b_w = tl.load(gate_weight + o_d * stride_w, mask=o_d < G, other=0.0)                    # [BD]
+                b_w = b_w.to(x.dtype.element_ty).to(b_s.dtype)
                 b_dz = b_scale * b_a * (1 - b_a) * b_s                                                  # [BT]
                 b_dx = b_d + b_after + b_dz[:, None] * b_w[None, :]                                     # [BT, BD]
                 tl.store(dx + o_n[:, None] * D + o_d[None, :], b_dx.to(dx.dtype.element_ty), mask=m)

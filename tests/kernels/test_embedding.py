@@ -183,6 +183,26 @@ def test_value_embedding_of_unusual_heads(backend, shape, device):
     judge("value_embedding", run("value_embedding", MODULES[backend].value_embedding, cast), inputs)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("op", ["value_embedding", "smear"])
+def test_weights_cast_once_give_the_same_numbers(backend, op, device):
+    """What inference casts when it starts, training rounds as it goes: values and gradients agree to the bit."""
+    inputs = CASES[op].make(CASES[op].check[0], torch.float16, device)
+    masters = {
+        name: torch.randn_like(inputs[name], dtype=torch.float32) for name in ("table", "gate_weight") if name in inputs
+    }
+    others = [name for name in CASES[op].differentiable if inputs[name] is not None and name not in masters]
+
+    def results(weights: dict) -> tuple[torch.Tensor, ...]:
+        leaves = {name: inputs[name].detach().requires_grad_() for name in others}
+        y = getattr(MODULES[backend], op)(**inputs | weights | leaves)
+        return y, *torch.autograd.grad(y, list(leaves.values()), torch.ones_like(y))
+
+    cast = {name: weight.half() for name, weight in masters.items()}
+    for from_masters, from_cast in zip(results(masters), results(cast), strict=True):
+        assert torch.equal(from_masters, from_cast)
+
+
 def documents_of(doc_ids: torch.Tensor) -> list[slice]:
     """Where each document of a row begins and ends."""
     edges = [0, *[t for t in range(1, len(doc_ids)) if doc_ids[t] != doc_ids[t - 1]], len(doc_ids)]
