@@ -30,7 +30,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.activations import check_float, check_rows
 
 from kernels_triton.launch import (  # isort: skip
-    STAGE_BYTES, Tile, ceil_div, launch, next_power_of_two, resident_programs, row_tile,
+    STAGE_BYTES, Tile, ceil_div, check_gpu, launch, next_power_of_two, resident_programs, row_tile,
 )
 from kernels_triton.primitives import upcast
 from kernels_triton.rmsnorm import count_rows, row_stride, with_rows
@@ -363,6 +363,7 @@ class _GELU(torch.autograd.Function):
 def gelu(x: Tensor) -> Tensor:
     """kernels_torch.gelu, in one pass."""
     check_float("gelu", x)
+    check_gpu(x=x)
     return _GELU.apply(x)
 
 
@@ -451,6 +452,7 @@ class _Softmax(torch.autograd.Function):
 def softmax(x: Tensor) -> Tensor:
     """kernels_torch.softmax, in one pass over rows of up to 16384 values, in two over wider ones."""
     check_rows("softmax", x)
+    check_gpu(x=x)
     return _Softmax.apply(x)
 
 
@@ -540,4 +542,5 @@ def top_k(x: Tensor, k: int) -> tuple[Tensor, Tensor]:
     check_rows("top_k", x)
     if not 0 < k <= x.shape[-1]:
         raise ValueError(f"top_k needs k between 1 and the row's {x.shape[-1]} values, got {k}")
+    check_gpu(x=x)
     return _TopK.apply(x, k)

@@ -24,8 +24,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.add_rmsnorm import check_add_rmsnorm, check_mix_rmsnorm
 
 from kernels_triton.launch import (  # isort: skip
-    WIDEST_BLOCK, add_rmsnorm_fwd_tile, can_overlap, ceil_div, launch, mix_rmsnorm_bwd_tile, mix_rmsnorm_fwd_tile,
-    resident_programs,
+    WIDEST_BLOCK, add_rmsnorm_fwd_tile, can_overlap, ceil_div, check_gpu, launch, mix_rmsnorm_bwd_tile,
+    mix_rmsnorm_fwd_tile, resident_programs,
 )
 from kernels_triton.rmsnorm import (  # isort: skip
     _rmsnorm_bwd, _rmsnorm_fwd, accumulated_in, count_rows, kept_r, row_stride, sum_lines, with_rows,
@@ -308,6 +308,7 @@ def leave_unused_gradients_out(ctx: FunctionCtx) -> None:
 def add_rmsnorm(x: Tensor, branch: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """kernels_torch.add_rmsnorm, in one pass over x and branch."""
     check_add_rmsnorm(x, branch, weight, eps)
+    check_gpu(x=x)
     return _AddRMSNorm.apply(x, branch, weight if weight is None else weight.contiguous(), float(eps))
 
 
@@ -322,4 +323,5 @@ def mix_rmsnorm(
 ) -> tuple[Tensor, Tensor]:
     """kernels_torch.mix_rmsnorm, in one pass over x, anchor and branch; the scales stay on the device."""
     check_mix_rmsnorm(x, anchor, x_scale, anchor_scale, branch, eps)
+    check_gpu(x=x)
     return _MixRMSNorm.apply(x, anchor, x_scale, anchor_scale, branch, float(eps))

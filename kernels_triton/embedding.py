@@ -36,7 +36,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.embedding import check_embedding, check_smear, check_value_embedding
 
 from kernels_triton.launch import (  # isort: skip
-    STAGE_BYTES, Tile, can_overlap, ceil_div, launch, next_power_of_two, resident_programs,
+    STAGE_BYTES, Tile, can_overlap, ceil_div, check_gpu, launch, next_power_of_two, resident_programs,
 )
 from kernels_triton.rmsnorm import sum_lines
 
@@ -618,6 +618,7 @@ class _Smear(torch.autograd.Function):
 def embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """kernels_torch.embedding, gathered and cast in one pass."""
     check_embedding(tokens, table, dtype)
+    check_gpu(tokens=tokens)
     refuse_tokens_outside(tokens, table.shape[0])
     return _Embedding.apply(tokens, table, dtype)
 
@@ -627,6 +628,7 @@ def value_embedding(
 ) -> Tensor:
     """kernels_torch.value_embedding, in one pass over v."""
     check_value_embedding(v, tokens, table, gate_input, gate_weight)
+    check_gpu(v=v)
     refuse_tokens_outside(tokens, table.shape[0])
     return _ValueEmbedding.apply(v, tokens, table, gate_input, gate_weight, float(gate_range))
 
@@ -641,4 +643,5 @@ def smear(
 ) -> Tensor:
     """kernels_torch.smear, in one pass over x."""
     check_smear(x, gate_weight, scale, previous, doc_ids)
+    check_gpu(x=x)
     return _Smear.apply(x, gate_weight, scale, previous, doc_ids)

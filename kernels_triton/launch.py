@@ -146,6 +146,25 @@ def stages_that_fit(tile: Tile, itemsize: int, tensors: int = 2) -> int:
 SUM_LINES = Tile(BT=512, BD=8, warps=8)
 
 
+# Whether kernels run in Triton's interpreter, on any device: decided when they are defined.
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def check_gpu(**tensors: Tensor) -> None:
+    """Refuse a tensor that no kernel can read. Public functions ask for one: the reference's checks see to the others."""
+    for name, tensor in tensors.items():
+        if tensor.device.type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f"Triton kernels need tensors on an NVIDIA GPU, got {name} on {tensor.device}: "
+                "use kernels_torch, or set TRITON_INTERPRET=1 before Triton is imported"
+            )
+
+
+def is_hopper(device: torch.device) -> bool:
+    """Compute capability 9.x. Newer ones have other tensor cores, and those of consumers less shared memory."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major == 9
+
+
 def can_overlap(device: torch.device) -> bool:
     """Whether a kernel may be started before the one it waits for has ended: Hopper and newer.
 
@@ -209,6 +228,18 @@ def launch(
     run(*grid, *(1, 1, 1)[len(grid):], stream, function, metadata, None, None, None, *values)
 
 
+def launch_with_descriptors(
+    kernel: JITFunction, grid: tuple[int, ...], device: torch.device, *, num_warps: int, num_stages: int, **args
+) -> None:
+    """kernel[grid](**args) on `device`, whichever is current: by Triton alone, which makes descriptors anew each time."""
+    options = options_of(num_warps, num_stages, launch_pdl=False)
+    if torch.compiler.is_compiling() or device.type != "cuda":
+        kernel[grid](**args, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[grid](**args, **options)
+
+
 def options_of(num_warps: int, num_stages: int, launch_pdl: bool) -> dict[str, int | bool]:
     """As Triton takes them; torch.compile knows the first two only."""
     options = dict(num_warps=num_warps, num_stages=num_stages)
@@ -223,8 +254,11 @@ def remember(key: tuple, found: tuple) -> None:
 
 def device_of(args: dict[str, object]) -> torch.device:
     """The one GPU that all tensors are on."""
-    devices = {name: value.device for name, value in args.items() if isinstance(value, Tensor)}
-    found = set(devices.values())
-    if len(found) != 1 or next(iter(found)).type != "cuda":
-        raise ValueError("all tensors must be on one GPU, got " + ", ".join(f"{n} on {d}" for n, d in devices.items()))
-    return found.pop()
+    tensors = {name: value for name, value in args.items() if isinstance(value, Tensor)}
+    check_gpu(**tensors)
+    first, *others = tensors
+    device = tensors[first].device
+    for name in others:
+        if tensors[name].device != device:
+            raise ValueError(f"{name} must be on {device} like {first}, got {tensors[name].device}")
+    return device

@@ -23,7 +23,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.layer_norm import check_layer_norm
 
 from kernels_triton.launch import (  # isort: skip
-    SUM_LINES, Tile, can_overlap, ceil_div, launch, resident_programs, row_tile, stages_that_fit, wide_row_tile,
+    SUM_LINES, Tile, can_overlap, ceil_div, check_gpu, launch, resident_programs, row_tile, stages_that_fit,
+    wide_row_tile,
 )
 from kernels_triton.rmsnorm import accumulated_in, count_rows, row_stride, with_rows
 
@@ -376,6 +377,7 @@ class _LayerNorm(torch.autograd.Function):
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
     """kernels_torch.layer_norm, in one pass over x."""
     check_layer_norm(x, weight, bias, eps)
+    check_gpu(x=x)
     weight = weight if weight is None else weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     return _LayerNorm.apply(x, weight, bias, float(eps))

@@ -35,7 +35,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_torch.linear_cross_entropy import check_linear_cross_entropy
-from kernels_triton.launch import Tile, ceil_div, is_hopper_or_newer, next_power_of_two
+
+from kernels_triton.launch import (  # isort: skip
+    Tile, ceil_div, check_gpu, is_hopper, launch, launch_with_descriptors, next_power_of_two,
+)
 
 LARGEST_FUSED_SOFTCAP = 40.0  # V · exp(ẑ) must stay a number in fp32 and bf16, which end at exp(88)
 
@@ -241,19 +244,18 @@ def loss_and_gradients(
     rows = chunk_rows(N, weight.shape[0], x.element_size())
     z = x.new_empty(rows if needs_e or not fuse else 0, weight.shape[0])
     xs = x.new_empty(rows if needs_dw else 0, D)
-    with torch.cuda.device_of(x):
-        for i in range(0, N, rows):
-            chunk = slice(i, min(i + rows, N))
-            b_z, b_xs = z[: chunk.stop - i], xs[: chunk.stop - i]
-            softmax(
-                b_z, b_xs if needs_dw else None, x[chunk], weight, nll[chunk], scale[chunk] if needs_e else None,
-                targets=targets[chunk], w=row_weights if row_weights is None else row_weights[chunk],
-                V=vocab_size, C=softcap, ignore_index=ignore_index,
-            )
-            if needs_dx:
-                torch.mm(b_z, weight, out=dx[chunk])
-            if needs_dw:
-                add_product(dw, b_z, b_xs, first=i == 0)
+    for i in range(0, N, rows):
+        chunk = slice(i, min(i + rows, N))
+        b_z, b_xs = z[: chunk.stop - i], xs[: chunk.stop - i]
+        softmax(
+            b_z, b_xs if needs_dw else None, x[chunk], weight, nll[chunk], scale[chunk] if needs_e else None,
+            targets=targets[chunk], w=row_weights if row_weights is None else row_weights[chunk],
+            V=vocab_size, C=softcap, ignore_index=ignore_index,
+        )
+        if needs_dx:
+            torch.mm(b_z, weight, out=dx[chunk])
+        if needs_dw:
+            add_product(dw, b_z, b_xs, first=i == 0)
     return nll, scale, dx, dw.zero_() if N == 0 else dw
 
 
@@ -273,8 +275,8 @@ def _softmax(
     """Fill nll, and if there is a scale: scale, z with E, and xs with x · scale."""
     (N, D), Vp = x.shape, weight.shape[0]
     torch.mm(x, weight.mT, out=z)
-    _softmax_kernel[(N,)](
-        z=z, x=x, nll=nll, scale=scale, xs=xs, stride_x=x.stride(0), **row, Vp=Vp, D=D,
+    launch(
+        _softmax_kernel, (N,), z=z, x=x, nll=nll, scale=scale, xs=xs, stride_x=x.stride(0), **row, Vp=Vp, D=D,
         BV=min(SOFTMAX.BD, next_power_of_two(Vp)), BD=row_block(D), num_warps=SOFTMAX.warps,
     )
 
@@ -288,13 +290,14 @@ def _capped_softmax(
     tiles = ceil_div(Vp, tile.BV)
     sums = x.new_empty(N, tiles, dtype=nll.dtype)
     vocabulary = dict(V=V, Vp=Vp, D=D, C=C, FAST=x.dtype == torch.bfloat16)
-    _capped_logits_kernel[(ceil_div(N, tile.BT) * tiles,)](
+    launch_with_descriptors(
+        _capped_logits_kernel, (ceil_div(N, tile.BT) * tiles,), x.device,
         x=TensorDescriptor.from_tensor(x, [tile.BT, tile.BD]), w=TensorDescriptor.from_tensor(weight, [tile.BV, tile.BD]),
         e=scale if scale is None else TensorDescriptor.from_tensor(z, [tile.BT, tile.BV]), sums=sums, N=N, **vocabulary,
         BT=tile.BT, BV=tile.BV, BD=tile.BD, GROUP=tile.GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )
-    _capped_finish_kernel[(N,)](
-        e=scale if scale is None else z, sums=sums, x=x, weight=weight, nll=nll, scale=scale, xs=xs,
+    launch(
+        _capped_finish_kernel, (N,), e=scale if scale is None else z, sums=sums, x=x, weight=weight, nll=nll, scale=scale, xs=xs,
         stride_x=x.stride(0), stride_weight=weight.stride(0), **row, **vocabulary,
         TILES=tiles, BS=next_power_of_two(tiles), BD=row_block(D), num_warps=4,
     )
@@ -310,10 +313,10 @@ def row_block(D: int) -> int:
 
 
 def can_fuse(x: Tensor, weight: Tensor, softcap: float | None) -> bool:
-    """bf16 on Hopper and newer, soft-capped, every row beginning at a multiple of 16 bytes: what the copy engine needs."""
+    """bf16 on Hopper, soft-capped, every row beginning at a multiple of 16 bytes: what the copy engine needs."""
     if softcap is None or softcap > LARGEST_FUSED_SOFTCAP or x.dtype != torch.bfloat16:
         return False
-    if x.device.type != "cuda" or not is_hopper_or_newer(x.device):
+    if not is_hopper(x.device):
         return False
     return all(n % 8 == 0 for n in (x.stride(0), weight.stride(0), *weight.shape, x.data_ptr() // 2, weight.data_ptr() // 2))
 
@@ -346,10 +349,10 @@ def times(x: Tensor, rows: Tensor | None, factor: Tensor | None, dtype: torch.dt
         return (x * (rows if factor is None else rows * factor)).to(dtype)
     y = torch.empty_like(x, dtype=dtype)
     if y.numel() > 0:
-        with torch.cuda.device_of(x):
-            _times_kernel[(ceil_div(T, TIMES.BT), ceil_div(D, TIMES.BD))](
-                x=x, rows=rows, factor=factor, y=y, T=T, D=D, BT=TIMES.BT, BD=TIMES.BD, num_warps=TIMES.warps,
-            )
+        launch(
+            _times_kernel, (ceil_div(T, TIMES.BT), ceil_div(D, TIMES.BD)), x=x, rows=rows, factor=factor, y=y, T=T, D=D,
+            BT=TIMES.BT, BD=TIMES.BD, num_warps=TIMES.warps,
+        )
     return y
 
 
@@ -428,6 +431,7 @@ def linear_cross_entropy(
     """kernels_torch.linear_cross_entropy, with the gradients made while the logits are there."""
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     check_linear_cross_entropy(x, weight, targets, token_weights, vocab_size, softcap, reduction)
+    check_gpu(x=x)
     options = (vocab_size, softcap if softcap is None else float(softcap), ignore_index)
     differentiable = [tensor for tensor in (x, weight, token_weights) if tensor is not None]
     if reduction != "none" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):

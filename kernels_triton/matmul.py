@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels_triton.launch import ceil_div, n_processors
+from kernels_triton.launch import ceil_div, is_hopper, launch_with_descriptors, n_processors
 from kernels_triton.primitives import relu2, relu2_grad, silu, upcast
 
 
@@ -133,9 +133,9 @@ def _programs(N: int, F: int, tile: Tile, device: torch.device) -> tuple[int]:
 
 def can_use_tma(x: Tensor, F: int) -> bool:
     """Whether these kernels take x [N, D] and a hidden width F: half precision, rows of whole 16-byte words, on Hopper."""
-    if x.device.type != "cuda" or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.bfloat16, torch.float16) or x.shape[1] % 8 != 0 or F % 8 != 0:
         return False
-    return x.shape[1] % 8 == 0 and F % 8 == 0 and torch.cuda.get_device_properties(x.device).major == 9
+    return is_hopper(x.device)
 
 
 def for_tma(x: Tensor) -> Tensor:
@@ -155,7 +155,8 @@ def matmul_relu2(x: Tensor, w: Tensor) -> Tensor:
     """x [N, D], w [F, D] → relu(x wᵀ)² [N, F]."""
     (N, D), F, tile = x.shape, w.shape[0], FORWARD
     y = torch.empty((N, F), dtype=x.dtype, device=x.device)
-    _matmul_relu2_kernel[_programs(N, F, tile, x.device)](
+    launch_with_descriptors(
+        _matmul_relu2_kernel, _programs(N, F, tile, x.device), x.device,
         x=TensorDescriptor.from_tensor(for_tma(x), [tile.BN, tile.BD]),
         w=TensorDescriptor.from_tensor(for_tma(w), [tile.BF, tile.BD]),
         y=TensorDescriptor.from_tensor(y, [tile.BN, tile.BF // 2]),
@@ -169,7 +170,8 @@ def matmul_relu2_grad(dy: Tensor, w: Tensor, y: Tensor) -> Tensor:
     """dy [N, D], w [D, F], y [N, F] as matmul_relu2 made it → dz [N, F]."""
     (N, D), F, tile = dy.shape, w.shape[1], BACKWARD
     dz = torch.empty((N, F), dtype=dy.dtype, device=dy.device)
-    _matmul_relu2_grad_kernel[_programs(N, F, tile, dy.device)](
+    launch_with_descriptors(
+        _matmul_relu2_grad_kernel, _programs(N, F, tile, dy.device), dy.device,
         dy=TensorDescriptor.from_tensor(for_tma(dy), [tile.BN, tile.BD]),
         w=TensorDescriptor.from_tensor(for_tma(w), [tile.BD, tile.BF]),
         y=TensorDescriptor.from_tensor(y, [tile.BN, tile.BF // 2]),
@@ -187,7 +189,8 @@ def matmul_swiglu(x: Tensor, w_gate: Tensor, w_up: Tensor, keep: bool) -> tuple[
     w = torch.stack((w_gate.reshape(-1, half, D), w_up.reshape(-1, half, D)), dim=1).view(2 * F, D)
     h = torch.empty((N, F), dtype=x.dtype, device=x.device)
     g, u = (torch.empty_like(h), torch.empty_like(h)) if keep else (None, None)
-    _matmul_swiglu_kernel[_programs(N, 2 * F, tile, x.device)](
+    launch_with_descriptors(
+        _matmul_swiglu_kernel, _programs(N, 2 * F, tile, x.device), x.device,
         x=TensorDescriptor.from_tensor(for_tma(x), [tile.BN, tile.BD]),
         w=TensorDescriptor.from_tensor(w, [tile.BF, tile.BD]),
         g=TensorDescriptor.from_tensor(g, [tile.BN, half]) if keep else None,

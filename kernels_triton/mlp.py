@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels_torch.mlp import check_mlp
-from kernels_triton.launch import ceil_div, n_processors, next_power_of_two
+from kernels_triton.launch import ceil_div, check_gpu, launch, n_processors, next_power_of_two
 from kernels_triton.matmul import FORWARD, can_use_tma, matmul_relu2, matmul_relu2_grad, matmul_swiglu
 from kernels_triton.primitives import relu2, relu2_grad, silu, silu_grad, upcast
 
@@ -93,21 +93,23 @@ def _swiglu_grad_kernel(
 def _relu2_(z: Tensor) -> Tensor:
     """z, contiguous, in place."""
     if z.numel() > 0:
-        _relu2_kernel[(ceil_div(z.numel(), BLOCK),)](z=z, n=z.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        launch(_relu2_kernel, (ceil_div(z.numel(), BLOCK),), z=z, n=z.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return z
 
 
 def _relu2_grad_(dh: Tensor, a: Tensor) -> Tensor:
     """dh, contiguous as a is, in place."""
     if dh.numel() > 0:
-        _relu2_grad_kernel[(ceil_div(dh.numel(), BLOCK),)](dh=dh, a=a, n=dh.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        grid = (ceil_div(dh.numel(), BLOCK),)
+        launch(_relu2_grad_kernel, grid, dh=dh, a=a, n=dh.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return dh
 
 
 def _swiglu(g: Tensor, u: Tensor, h: Tensor) -> Tensor:
     """Fill h, which may be g."""
     if h.numel() > 0:
-        _swiglu_kernel[(ceil_div(h.numel(), BLOCK),)](g=g, u=u, h=h, n=h.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        grid = (ceil_div(h.numel(), BLOCK),)
+        launch(_swiglu_kernel, grid, g=g, u=u, h=h, n=h.numel(), BLOCK=BLOCK, num_warps=WARPS)
     return h
 
 
@@ -119,7 +121,9 @@ def _swiglu_grad(dh: Tensor, g: Tensor, u: Tensor, keep: bool) -> tuple[Tensor, 
         BF = min(BLOCK, next_power_of_two(F))
         BN = BLOCK // BF
         grid = (ceil_div(N, BN) * ceil_div(F, BF),)
-        _swiglu_grad_kernel[grid](dh=dh, g=g, u=u, dz=dz, N=N, F=F, KEEP=keep, BN=BN, BF=BF, num_warps=WARPS)
+        launch(
+            _swiglu_grad_kernel, grid, dh=dh, g=g, u=u, dz=dz, N=N, F=F, KEEP=keep, BN=BN, BF=BF, num_warps=WARPS
+        )
     return dz, dh
 
 
@@ -227,11 +231,13 @@ def as_rows(x: Tensor) -> Tensor:
 def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """kernels_torch.relu2_mlp, keeping relu² alone for backward."""
     check_mlp(x, (w_up,), w_down)
+    check_gpu(x=x)
     return _Relu2MLP.apply(x, w_up, w_down)
 
 
 def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
     """kernels_torch.swiglu_mlp, keeping gate and up for backward."""
     check_mlp(x, (w_gate, w_up), w_down)
+    check_gpu(x=x)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w_gate, w_up, w_down))
     return _SwiGluMLP.apply(x, w_gate, w_up, w_down, keep)

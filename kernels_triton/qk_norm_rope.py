@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels_torch.qk_norm_rope import check_qk_norm_rope, check_qk_norm_rope_append
-from kernels_triton.launch import ceil_div, launch, next_power_of_two
+from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
 
 # Warps a program. On an H200 (copy 4.25 TB/s; µs between events, L2 flushed, bf16; in brackets a plain copy of as many
 # bytes), forward and backward: B32 T2048 H6 D128 100.8 (99.2) and 145.6 (144.4), B16 T2048 H16 D128 134.1 (130.3) and
@@ -387,6 +387,7 @@ def qk_norm_rope(
 ) -> tuple[Tensor, Tensor]:
     """kernels_torch.qk_norm_rope, in one pass over q and k together."""
     check_qk_norm_rope(q, k, cos, sin, start, eps)
+    check_gpu(q=q)
     cos, sin = table_of(cos, q), table_of(sin, q)
     return _QKNormRope.apply(q, k, cos, sin, start, eps if eps is None else float(eps), float(scale))
 
@@ -397,6 +398,7 @@ def qk_norm_rope_append(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kernels_torch.qk_norm_rope_append, in one launch."""
     check_qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps)
+    check_gpu(q=q)
     with torch.no_grad():
         q, k, v = heads_side_by_side(q), heads_side_by_side(k), heads_side_by_side(v)
         cos, sin = table_of(cos, q), table_of(sin, q)

@@ -27,8 +27,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.rmsnorm import check_rmsnorm
 
 from kernels_triton.launch import (  # isort: skip
-    SUM_LINES, WIDEST_BLOCK, Tile, as_staged, can_overlap, ceil_div, launch, resident_programs, rmsnorm_bwd_tile,
-    rmsnorm_fwd_tile,
+    SUM_LINES, WIDEST_BLOCK, Tile, as_staged, can_overlap, ceil_div, check_gpu, launch, resident_programs,
+    rmsnorm_bwd_tile, rmsnorm_fwd_tile,
 )
 
 WIDE = Tile(BT=1, BD=4096, warps=8)       # columns at a time of a wide row; not measured yet
@@ -332,4 +332,5 @@ class _RMSNorm(torch.autograd.Function):
 def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
     """kernels_torch.rmsnorm, in one pass over x."""
     check_rmsnorm(x, weight, eps)
+    check_gpu(x=x)
     return _RMSNorm.apply(x, weight if weight is None else weight.contiguous(), float(eps))

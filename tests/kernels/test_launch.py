@@ -1,14 +1,23 @@
 """Starting a kernel: the quick way gives what Triton's own gives, whatever changes from one call to the next."""
 
+import inspect
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 tl = triton.language
 
-import kernels_triton  # noqa: F401, E402  (mends the interpreter)
+import kernels_triton  # noqa: E402  (mends the interpreter)
 from kernels_triton import launch as launching  # noqa: E402
 from kernels_triton.launch import launch  # noqa: E402
+
+ROOT = Path(__file__).parents[2]
 
 
 @triton.jit
@@ -101,7 +110,7 @@ def test_it_runs_on_the_current_stream(device):
 def test_tensors_on_other_devices_are_refused(device):
     x = torch.randn(4, 32, device=device)
     for _ in range(2):
-        with pytest.raises(ValueError, match="x on cuda:0, bias on cpu"):
+        with pytest.raises(ValueError, match="NVIDIA GPU, got bias on cpu"):
             check(x, torch.randn(32))
 
 
@@ -114,3 +123,33 @@ def test_each_gpu_runs_what_lies_on_it():
             with torch.cuda.device(current):
                 for index in (0, 1):
                     check(torch.randn(4, 40, device=f"cuda:{index}"))
+
+
+def test_without_a_gpu_or_the_interpreter_every_op_says_so_in_the_same_words():
+    """Named after an argument of the user's, before anything is computed."""
+    program = """
+import torch
+import kernels_triton
+from kernels_torch.cases import CASES
+for op in kernels_triton.__all__:
+    try:
+        getattr(kernels_triton, op)(**CASES[op].make(CASES[op].check[0], torch.float32, "cpu"))
+        print(op, "ran")
+    except Exception as error:
+        print(op, type(error).__name__, error)
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["CUDA_VISIBLE_DEVICES"] = ""
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    words = (
+        r"(\w+) ValueError Triton kernels need tensors on an NVIDIA GPU, got (\w+) on cpu: "
+        "use kernels_torch, or set TRITON_INTERPRET=1 before Triton is imported"
+    )
+    said = [re.fullmatch(words, line) for line in run.stdout.splitlines()]
+    assert all(said), run.stdout
+    assert [match[1] for match in said] == kernels_triton.__all__
+    for op, name in (match.groups() for match in said):
+        assert name in inspect.signature(getattr(kernels_triton, op)).parameters
