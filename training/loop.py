@@ -129,6 +129,7 @@ def train(
     scale = LossScale(device.dtype == torch.float16, state.loss_scale)
     pending: deque[StepRecord] = deque()
     clock = Clock()
+    late = 1 if device.device.type == "cuda" else 0  # a GPU is still at the last step; a CPU is done when it is asked
     with StopRequest() as stop, quiet_collector():
         while True:
             complete = state.step >= horizon.num_iterations
@@ -144,7 +145,7 @@ def train(
 
             record = one_step(model, optimizer, schedule, batches, horizon, state, device, scale, stop, grad_clip)
             pending += [record] if record else []
-            stopping |= record is None or read(pending, 1, state, reporter, clock, horizon)
+            stopping |= record is None or read(pending, late, state, reporter, clock, horizon)
             state.loss_scale = scale.scale
             if stopping and state.step < horizon.num_iterations:
                 read(pending, 0, state, reporter, clock, horizon)
