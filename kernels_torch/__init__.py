@@ -3,17 +3,21 @@
 A backend is a folder `kernels_<name>` that exports functions under these names with these signatures.
 """
 
-from kernels_torch.activations import gelu, softmax, top_k
 from kernels_torch.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_torch.attention import attention
 from kernels_torch.attention_decode import attention_decode
-from kernels_torch.embedding import embedding, smear, value_embedding
+from kernels_torch.embedding import embedding
+from kernels_torch.gelu import gelu
 from kernels_torch.layer_norm import layer_norm
 from kernels_torch.linear_cross_entropy import linear_cross_entropy
 from kernels_torch.mlp import relu2_mlp, swiglu_mlp
 from kernels_torch.newton_schulz import newton_schulz
 from kernels_torch.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from kernels_torch.rmsnorm import rmsnorm
+from kernels_torch.smear import smear
+from kernels_torch.softmax import softmax
+from kernels_torch.top_k import top_k
+from kernels_torch.value_embedding import value_embedding
 
 __all__ = [
     "add_rmsnorm",

@@ -11,3 +11,16 @@ def check_devices(**tensors: Tensor | None) -> None:
     for name in others:
         if present[name].device != device:
             raise ValueError(f"{name} must be on {device} like {first}, got {present[name].device}")
+
+
+def check_float(op: str, x: Tensor) -> None:
+    """Refuse integers."""
+    if not x.is_floating_point():
+        raise ValueError(f"{op} takes floating-point x, got {x.dtype}")
+
+
+def check_rows(op: str, x: Tensor) -> None:
+    """Refuse integers and what has no rows."""
+    check_float(op, x)
+    if x.dim() == 0 or x.shape[-1] == 0:
+        raise ValueError(f"{op} needs at least one value in the last dimension of x, got shape {tuple(x.shape)}")

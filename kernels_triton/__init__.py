@@ -2,14 +2,18 @@
 
 import triton
 
-from kernels_triton.activations import gelu, softmax, top_k
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
-from kernels_triton.embedding import embedding, smear, value_embedding
+from kernels_triton.embedding import embedding
+from kernels_triton.gelu import gelu
 from kernels_triton.layer_norm import layer_norm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from kernels_triton.rmsnorm import rmsnorm
+from kernels_triton.smear import smear
+from kernels_triton.softmax import softmax
+from kernels_triton.top_k import top_k
+from kernels_triton.value_embedding import value_embedding
 
 if triton.knobs.runtime.interpret:
     from kernels_triton import interpreter

@@ -25,11 +25,10 @@ from kernels_torch.add_rmsnorm import check_add_rmsnorm, check_mix_rmsnorm
 
 from kernels_triton.launch import (  # isort: skip
     WIDEST_BLOCK, add_rmsnorm_fwd_tile, can_overlap, ceil_div, check_gpu, launch, mix_rmsnorm_bwd_tile,
-    mix_rmsnorm_fwd_tile, resident_programs,
+    mix_rmsnorm_fwd_tile, n_programs,
 )
-from kernels_triton.rmsnorm import (  # isort: skip
-    _rmsnorm_bwd, _rmsnorm_fwd, accumulated_in, count_rows, kept_r, row_stride, sum_lines, with_rows,
-)
+from kernels_triton.rmsnorm import _rmsnorm_bwd, _rmsnorm_fwd, kept_r
+from kernels_triton.rows import accumulated_in, count_rows, row_stride, sum_lines, with_rows
 
 
 @triton.jit
@@ -197,9 +196,7 @@ def _mix_rmsnorm_bwd(
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     danchor = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_danchor else None
     tile = mix_rmsnorm_bwd_tile(D, x.element_size(), needs_sums)
-    programs = ceil_div(T, tile.BT)
-    if tile.stay is not None:
-        programs = min(programs, resident_programs(x.device, tile.stay))
+    programs = n_programs(T, tile, x.device)
     sums = torch.empty((programs, 2), dtype=accumulated_in(x), device=x.device) if needs_sums else None
     overlap = needs_sums and can_overlap(x.device)
     if T > 0:
@@ -306,7 +303,7 @@ def leave_unused_gradients_out(ctx: FunctionCtx) -> None:
 
 
 def add_rmsnorm(x: Tensor, branch: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
-    """kernels_torch.add_rmsnorm, in one pass over x and branch."""
+    """kernels_torch.add_rmsnorm, in one pass over x and branch. Arguments: see kernels_torch.add_rmsnorm."""
     check_add_rmsnorm(x, branch, weight, eps)
     check_gpu(x=x)
     return _AddRMSNorm.apply(x, branch, weight if weight is None else weight.contiguous(), float(eps))
@@ -321,7 +318,10 @@ def mix_rmsnorm(
     *,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor]:
-    """kernels_torch.mix_rmsnorm, in one pass over x, anchor and branch; the scales stay on the device."""
+    """kernels_torch.mix_rmsnorm, in one pass over x, anchor and branch; the scales stay on the device.
+
+    Arguments: see kernels_torch.mix_rmsnorm.
+    """
     check_mix_rmsnorm(x, anchor, x_scale, anchor_scale, branch, eps)
     check_gpu(x=x)
     return _MixRMSNorm.apply(x, anchor, x_scale, anchor_scale, branch, float(eps))

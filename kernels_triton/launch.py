@@ -1,6 +1,7 @@
-"""How kernels are cut into tiles, how many programs are started, and how: plain arithmetic with its reasons, no search.
+"""How kernels are cut into tiles, how many programs are started, and how a kernel is launched on the GPU of its tensors.
 
-All of it is Python on integers, so that torch.compile traces through it and the same shape always launches the same way.
+Tiles are plain arithmetic on integers with its reasons, no search: torch.compile traces through it, and the same shape
+always launches the same way.
 """
 
 from functools import cache
@@ -32,6 +33,14 @@ def next_power_of_two(n: int) -> int:
     while power < n:
         power *= 2
     return power
+
+
+def block_of(n: int, widest: int, narrowest: int = 256) -> int:
+    """The widest power of two of which whole blocks cover n with at most a third of them to spare."""
+    block = min(next_power_of_two(n), widest)
+    while block > narrowest and 2 * block * ceil_div(n, block) > 3 * n:
+        block //= 2
+    return block
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -176,6 +185,12 @@ def can_overlap(device: torch.device) -> bool:
 @cache  # asked at every backward pass
 def is_hopper_or_newer(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def n_programs(T: int, tile: Tile, device: torch.device) -> int:
+    """For T rows: one for each tile, or as many as stay until all are done."""
+    programs = ceil_div(T, tile.BT)
+    return programs if tile.stay is None else min(programs, resident_programs(device, tile.stay))
 
 
 def resident_programs(device: torch.device, stay: int) -> int:

@@ -6,7 +6,7 @@ db = Σ_rows dy.
 Forward reads x and writes y; the row stays in registers meanwhile, so that the variance can be taken around the mean
 (E[x²] − E[x]² would lose its digits where the mean is large), and the mean, too, a second time: what rounding took from
 it is the mean of what is left. Forward keeps mean and r [T] in fp32 (fp64 for fp64 input) for backward, which reads x and
-dy and writes dx. dw and db are summed as in rmsnorm.py: each program adds up its own rows and stores the two sums in its
+dy and writes dx. dw and db are summed as rows.py says: each program adds up its own rows and stores the two sums in its
 own lines, a second kernel sums the lines in one order, so two runs give the same bits.
 
 Rows too wide for the registers of one program take the `_wide_` kernels: they go over each row twice in blocks of
@@ -23,10 +23,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.layer_norm import check_layer_norm
 
 from kernels_triton.launch import (  # isort: skip
-    SUM_LINES, Tile, can_overlap, ceil_div, check_gpu, launch, resident_programs, row_tile, stages_that_fit,
-    wide_row_tile,
+    SUM_LINES, Tile, as_staged, can_overlap, ceil_div, check_gpu, launch, n_programs, resident_programs, tile_for,
 )
-from kernels_triton.rmsnorm import accumulated_in, count_rows, row_stride, with_rows
+from kernels_triton.rows import accumulated_in, count_rows, row_stride, sum_of_lines, with_rows
 
 # Rows up to a width: values a thread, warps[, stages, programs that stay on a processor]. Not measured yet: the rows that
 # were fastest for rmsnorm (launch.py), narrower ones where a second sum takes more registers. Compiled for sm_90 backward
@@ -122,7 +121,7 @@ def _layer_norm_bwd_kernel(
 
 
 @triton.jit
-def _sum_lines_kernel(
+def _sum_both_kernel(
     dw_lines, db_lines, dw, db, T,
     D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):
@@ -132,23 +131,12 @@ def _sum_lines_kernel(
         tl.extra.cuda.gdc_wait()
     if dw is not None:  # noqa: SIM102  this is known when compiling, what follows is not
         if tl.program_id(1) == 0:
-            b_dw = _sum_of_lines(dw_lines, o_d, T, D, BT, BD)                                           # [BD]
+            b_dw = sum_of_lines(dw_lines, o_d, T, D, BT, BD)                                            # [BD]
             tl.store(dw + o_d, b_dw.to(dw.dtype.element_ty), mask=o_d < D)
     if db is not None:  # noqa: SIM102
         if tl.program_id(1) == tl.num_programs(1) - 1:
-            b_db = _sum_of_lines(db_lines, o_d, T, D, BT, BD)                                           # [BD]
+            b_db = sum_of_lines(db_lines, o_d, T, D, BT, BD)                                            # [BD]
             tl.store(db + o_d, b_db.to(db.dtype.element_ty), mask=o_d < D)
-
-
-@triton.jit
-def _sum_of_lines(lines, o_d, T, D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
-    """Some columns o_d [BD] of lines [T, D], summed over T."""
-    b_sum = tl.zeros([BT, BD], dtype=lines.dtype.element_ty)                                            # [BT, BD]
-    for i_t in range(0, T, BT):
-        o_t = i_t + tl.arange(0, BT)
-        m = (o_t < T)[:, None] & (o_d < D)[None, :]
-        b_sum += tl.load(lines + o_t[:, None] * D + o_d[None, :], mask=m, other=0.0)
-    return tl.sum(b_sum, 0)
 
 
 @triton.jit
@@ -251,19 +239,11 @@ def _layer_norm_wide_sums_kernel(
 
 
 def fwd_tile(D: int) -> Tile:
-    for width, row in FORWARD.items():
-        if width >= D:
-            return row_tile(D, *row)
-    return wide_row_tile(D, values=32)
+    return tile_for(D, FORWARD, values=32)._replace(stay=None)
 
 
 def bwd_tile(D: int, itemsize: int, needs_sums: bool) -> Tile:
-    """Fewer stages than in the table where values are larger than the bf16 it was measured with."""
-    for width, row in (BACKWARD_WITH_SUMS if needs_sums else BACKWARD).items():
-        if width >= D:
-            tile = row_tile(D, *row)
-            return tile._replace(stages=min(tile.stages, stages_that_fit(tile, itemsize)))
-    tile = wide_row_tile(D, values=16)
+    tile = as_staged(tile_for(D, BACKWARD_WITH_SUMS if needs_sums else BACKWARD, values=16), itemsize, tensors=2)
     return tile if needs_sums else tile._replace(stay=None)
 
 
@@ -300,9 +280,7 @@ def _layer_norm_bwd(
         return dx, *_layer_norm_wide_bwd(x, w, mean, r, dy, dx, dw_dtype, db_dtype)
     needs_sums = dw_dtype is not None or db_dtype is not None
     tile = bwd_tile(D, x.element_size(), needs_sums)
-    programs = ceil_div(T, tile.BT)
-    if tile.stay is not None:
-        programs = min(programs, resident_programs(x.device, tile.stay))
+    programs = n_programs(T, tile, x.device)
     dw, db = (None if dtype is None else r.new_empty((programs, D)) for dtype in (dw_dtype, db_dtype))
     overlap = needs_sums and can_overlap(x.device)
     if T > 0:
@@ -311,7 +289,7 @@ def _layer_norm_bwd(
             stride_x=row_stride(x), stride_dy=row_stride(dy), T=T, D=D, BT=tile.BT, BD=tile.BD, STAGES=tile.stages,
             OVERLAP=overlap, num_warps=tile.warps,
         )
-    return dx, *_sum_lines(dw, db, dw_dtype, db_dtype, overlap)
+    return dx, *_sum_both(dw, db, dw_dtype, db_dtype, overlap)
 
 
 def _layer_norm_wide_bwd(
@@ -331,10 +309,10 @@ def _layer_norm_wide_bwd(
             _layer_norm_wide_sums_kernel, (columns, programs), **inputs, dw=dw, db=db, T=T, BT=WIDE_SUMS.BT,
             BD=WIDE_SUMS.BD, num_warps=WIDE_SUMS.warps,
         )
-    return _sum_lines(dw, db, dw_dtype, db_dtype)
+    return _sum_both(dw, db, dw_dtype, db_dtype)
 
 
-def _sum_lines(
+def _sum_both(
     dw_lines: Tensor | None, db_lines: Tensor | None, dw_dtype: torch.dtype | None, db_dtype: torch.dtype | None,
     overlap: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -347,7 +325,7 @@ def _sum_lines(
     db = None if db_lines is None else torch.empty(D, dtype=db_dtype, device=lines.device)
     grid = (ceil_div(D, SUM_LINES.BD), 1 if dw is None or db is None else 2)
     launch(
-        _sum_lines_kernel, grid, dw_lines=dw_lines, db_lines=db_lines, dw=dw, db=db, T=T, D=D, BT=SUM_LINES.BT,
+        _sum_both_kernel, grid, dw_lines=dw_lines, db_lines=db_lines, dw=dw, db=db, T=T, D=D, BT=SUM_LINES.BT,
         BD=SUM_LINES.BD, OVERLAP=overlap, num_warps=SUM_LINES.warps, launch_pdl=overlap,
     )
     return dw, db
@@ -375,7 +353,7 @@ class _LayerNorm(torch.autograd.Function):
 
 
 def layer_norm(x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, *, eps: float = 1e-5) -> Tensor:
-    """kernels_torch.layer_norm, in one pass over x."""
+    """kernels_torch.layer_norm, in one pass over x. Arguments: see kernels_torch.layer_norm."""
     check_layer_norm(x, weight, bias, eps)
     check_gpu(x=x)
     weight = weight if weight is None else weight.contiguous()

@@ -240,14 +240,14 @@ def loss_and_gradients(
     x, weight = as_matrix(x), as_matrix(weight)
     targets, row_weights = targets.contiguous(), row_weights if row_weights is None else row_weights.contiguous()
     fuse, needs_e = can_fuse(x, weight, softcap), needs_dx or needs_dw
-    softmax = _capped_softmax if fuse else _softmax
+    fill_losses = _losses_by_epilogue if fuse else _losses_by_passes
     rows = chunk_rows(N, weight.shape[0], x.element_size())
     z = x.new_empty(rows if needs_e or not fuse else 0, weight.shape[0])
     xs = x.new_empty(rows if needs_dw else 0, D)
     for i in range(0, N, rows):
         chunk = slice(i, min(i + rows, N))
         b_z, b_xs = z[: chunk.stop - i], xs[: chunk.stop - i]
-        softmax(
+        fill_losses(
             b_z, b_xs if needs_dw else None, x[chunk], weight, nll[chunk], scale[chunk] if needs_e else None,
             targets=targets[chunk], w=row_weights if row_weights is None else row_weights[chunk],
             V=vocab_size, C=softcap, ignore_index=ignore_index,
@@ -269,7 +269,7 @@ def empty_results(x: Tensor, weight: Tensor, *options: object) -> tuple[Tensor, 
     return nll, scale, dx, weight.new_empty(weight.shape if needs_dw else 0, dtype=fp32)
 
 
-def _softmax(
+def _losses_by_passes(
     z: Tensor, xs: Tensor | None, x: Tensor, weight: Tensor, nll: Tensor, scale: Tensor | None, **row: object
 ) -> None:
     """Fill nll, and if there is a scale: scale, z with E, and xs with x · scale."""
@@ -281,7 +281,7 @@ def _softmax(
     )
 
 
-def _capped_softmax(
+def _losses_by_epilogue(
     z: Tensor, xs: Tensor | None, x: Tensor, weight: Tensor, nll: Tensor, scale: Tensor | None, *, V: int, C: float,
     **row: object,
 ) -> None:
@@ -297,8 +297,8 @@ def _capped_softmax(
         BT=tile.BT, BV=tile.BV, BD=tile.BD, GROUP=tile.GROUP, num_warps=tile.warps, num_stages=tile.stages,
     )
     launch(
-        _capped_finish_kernel, (N,), e=scale if scale is None else z, sums=sums, x=x, weight=weight, nll=nll, scale=scale, xs=xs,
-        stride_x=x.stride(0), stride_weight=weight.stride(0), **row, **vocabulary,
+        _capped_finish_kernel, (N,), e=scale if scale is None else z, sums=sums, x=x, weight=weight, nll=nll,
+        scale=scale, xs=xs, stride_x=x.stride(0), stride_weight=weight.stride(0), **row, **vocabulary,
         TILES=tiles, BS=next_power_of_two(tiles), BD=row_block(D), num_warps=4,
     )
 
@@ -428,7 +428,10 @@ def linear_cross_entropy(
     ignore_index: int = -1,
     reduction: str = "mean",
 ) -> Tensor:
-    """kernels_torch.linear_cross_entropy, with the gradients made while the logits are there."""
+    """kernels_torch.linear_cross_entropy, with the gradients made while the logits are there.
+
+    A target outside the vocabulary makes its loss NaN. Arguments: see kernels_torch.linear_cross_entropy.
+    """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     check_linear_cross_entropy(x, weight, targets, token_weights, vocab_size, softcap, reduction)
     check_gpu(x=x)
@@ -441,4 +444,3 @@ def linear_cross_entropy(
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / counted.sum().clamp(min=1)
-

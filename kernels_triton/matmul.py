@@ -11,8 +11,8 @@ A program writes its own tile and nothing else, so that neither timing nor other
 Why these three and no more: cuBLAS multiplies a little faster, and what is won is the pass over [N, F] that is saved.
 Tried on an H200 and left: 128 × 128 tiles of gate and of up, a product each (1.2 times as long as one of their rows
 interleaved), both gradients of SwiGLU in an epilogue (1.2 to 1.4 times as long as cuBLAS and a pass), fetching y into L2
-ahead of time and the root from integer arithmetic (no faster). Triton's warp specialisation does not compile with stores
-by TMA, and its clusters share no loads.
+ahead of time and the root from integer arithmetic (no faster). Triton's warp specialisation hung (3.6) or did not compile
+(3.9), and its clusters share no loads.
 """
 
 from typing import NamedTuple

@@ -229,14 +229,14 @@ def as_rows(x: Tensor) -> Tensor:
 
 
 def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """kernels_torch.relu2_mlp, keeping relu² alone for backward."""
+    """kernels_torch.relu2_mlp, keeping relu² alone for backward. Arguments: see kernels_torch.relu2_mlp."""
     check_mlp(x, (w_up,), w_down)
     check_gpu(x=x)
     return _Relu2MLP.apply(x, w_up, w_down)
 
 
 def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
-    """kernels_torch.swiglu_mlp, keeping gate and up for backward."""
+    """kernels_torch.swiglu_mlp, keeping gate and up for backward. Arguments: see kernels_torch.swiglu_mlp."""
     check_mlp(x, (w_gate, w_up), w_down)
     check_gpu(x=x)
     keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w_gate, w_up, w_down))

@@ -34,6 +34,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels_torch.qk_norm_rope import check_qk_norm_rope, check_qk_norm_rope_append
 from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
+from kernels_triton.rows import values_side_by_side
 
 # Warps a program. On an H200 (copy 4.25 TB/s; µs between events, L2 flushed, bf16; in brackets a plain copy of as many
 # bytes), forward and backward: B32 T2048 H6 D128 100.8 (99.2) and 145.6 (144.4), B16 T2048 H16 D128 134.1 (130.3) and
@@ -113,7 +114,7 @@ def _norm_grad(b_y1, b_y2, b_dz1, b_dz2, D: tl.constexpr, eps: tl.constexpr):
 
 
 @triton.jit
-def _norm_rope_fwd(
+def _forward_of_block(
     i_p, x, z, cos, sin, start, starts, stride_xb, stride_xt, stride_xh, stride_cos, stride_sin, stride_starts, T, S,
     H: tl.constexpr, D: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):
@@ -128,7 +129,7 @@ def _norm_rope_fwd(
 
 
 @triton.jit
-def _norm_rope_bwd(
+def _backward_of_block(
     i_p, x, dz, dx, cos, sin, start, starts, stride_xb, stride_xt, stride_xh, stride_zb, stride_zt, stride_zh,
     stride_cos, stride_sin, stride_starts, T, S,
     H: tl.constexpr, D: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
@@ -159,12 +160,12 @@ def _qk_norm_rope_fwd_kernel(
     """The first n_q programs are those of q."""
     i_p = tl.program_id(0)
     if i_p < n_q:
-        _norm_rope_fwd(
+        _forward_of_block(
             i_p, q, zq, cos, sin, start, starts, stride_qb, stride_qt, stride_qh,
             stride_cos, stride_sin, stride_starts, T, S, H, D, eps, scale, BN, BD,
         )
     else:
-        _norm_rope_fwd(
+        _forward_of_block(
             i_p - n_q, k, zk, cos, sin, start, starts, stride_kb, stride_kt, stride_kh,
             stride_cos, stride_sin, stride_starts, T, S, Hkv, D, eps, scale, BN, BD,
         )
@@ -183,14 +184,14 @@ def _qk_norm_rope_bwd_kernel(
     i_p = tl.program_id(0)
     if i_p < n_q:
         if dq is not None:
-            _norm_rope_bwd(
+            _backward_of_block(
                 i_p, q, dzq, dq, cos, sin, start, starts,
                 stride_qb, stride_qt, stride_qh, stride_dqb, stride_dqt, stride_dqh,
                 stride_cos, stride_sin, stride_starts, T, S, H, D, eps, scale, BN, BD,
             )
     else:
         if dk is not None:
-            _norm_rope_bwd(
+            _backward_of_block(
                 i_p - n_q, k, dzk, dk, cos, sin, start, starts,
                 stride_kb, stride_kt, stride_kh, stride_dkb, stride_dkt, stride_dkh,
                 stride_cos, stride_sin, stride_starts, T, S, Hkv, D, eps, scale, BN, BD,
@@ -345,11 +346,6 @@ def _qk_norm_rope_append(
     return zq
 
 
-def heads_side_by_side(x: Tensor) -> Tensor:
-    """The values of a head next to each other; heads, tokens and rows may be far apart."""
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
 class _QKNormRope(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -357,7 +353,7 @@ class _QKNormRope(torch.autograd.Function):
         scale: float,
     ) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        q, k = heads_side_by_side(q), heads_side_by_side(k)
+        q, k = values_side_by_side(q), values_side_by_side(k)
         kept_q = q if eps is not None and ctx.needs_input_grad[0] else None
         kept_k = k if eps is not None and ctx.needs_input_grad[1] else None
         ctx.start, starts, _ = start_arguments(start)
@@ -369,8 +365,8 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, dzq: Tensor | None, dzk: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, cos, sin, starts = ctx.saved_tensors
-        dzq = heads_side_by_side(dzq) if ctx.needs_input_grad[0] and dzq is not None else None
-        dzk = heads_side_by_side(dzk) if ctx.needs_input_grad[1] and dzk is not None else None
+        dzq = values_side_by_side(dzq) if ctx.needs_input_grad[0] and dzq is not None else None
+        dzk = values_side_by_side(dzk) if ctx.needs_input_grad[1] and dzk is not None else None
         start = ctx.start if starts is None else starts
         dq, dk = _qk_norm_rope_bwd(q, k, dzq, dzk, cos, sin, start, ctx.eps, ctx.scale)
         return dq, dk, None, None, None, None, None
@@ -378,14 +374,14 @@ class _QKNormRope(torch.autograd.Function):
 
 def table_of(table: Tensor, like: Tensor) -> Tensor:
     """In the dtype that `like` is computed in, with the values of a row side by side: as a rule, the table itself."""
-    return heads_side_by_side(table.to(torch.promote_types(like.dtype, torch.float32)))
+    return values_side_by_side(table.to(torch.promote_types(like.dtype, torch.float32)))
 
 
 def qk_norm_rope(
     q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, start: int | Tensor = 0, eps: float | None = 1e-6,
     scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    """kernels_torch.qk_norm_rope, in one pass over q and k together."""
+    """kernels_torch.qk_norm_rope, in one pass over q and k together. Arguments: see kernels_torch.qk_norm_rope."""
     check_qk_norm_rope(q, k, cos, sin, start, eps)
     check_gpu(q=q)
     cos, sin = table_of(cos, q), table_of(sin, q)
@@ -396,11 +392,11 @@ def qk_norm_rope_append(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, *,
     eps: float | None = 1e-6, scale: float = 1.0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels_torch.qk_norm_rope_append, in one launch."""
+    """kernels_torch.qk_norm_rope_append, in one launch. Arguments: see kernels_torch.qk_norm_rope_append."""
     check_qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps)
     check_gpu(q=q)
     with torch.no_grad():
-        q, k, v = heads_side_by_side(q), heads_side_by_side(k), heads_side_by_side(v)
+        q, k, v = values_side_by_side(q), values_side_by_side(k), values_side_by_side(v)
         cos, sin = table_of(cos, q), table_of(sin, q)
         eps = eps if eps is None else float(eps)
         q = _qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps, float(scale))

@@ -27,9 +27,10 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from kernels_torch.rmsnorm import check_rmsnorm
 
 from kernels_triton.launch import (  # isort: skip
-    SUM_LINES, WIDEST_BLOCK, Tile, as_staged, can_overlap, ceil_div, check_gpu, launch, resident_programs,
+    WIDEST_BLOCK, Tile, as_staged, can_overlap, ceil_div, check_gpu, launch, n_programs, resident_programs,
     rmsnorm_bwd_tile, rmsnorm_fwd_tile,
 )
+from kernels_triton.rows import accumulated_in, count_rows, row_stride, sum_lines, with_rows
 
 WIDE = Tile(BT=1, BD=4096, warps=8)       # columns at a time of a wide row; not measured yet
 WIDE_DW = Tile(BT=16, BD=256, warps=4, stay=4)  # rows × columns at a time of dw; not measured yet
@@ -99,23 +100,6 @@ def _rmsnorm_bwd_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     if dw is not None:
         tl.store(dw + i_p * D + o_d, tl.sum(b_dw, 0), mask=m_d)
-
-
-@triton.jit
-def _sum_lines_kernel(
-    lines, dw, T,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
-):
-    """dw [D] = Σ of lines [T, D], in one order whatever the timing."""
-    o_d = tl.program_id(0) * BD + tl.arange(0, BD)
-    b_dw = tl.zeros([BT, BD], dtype=lines.dtype.element_ty)                                             # [BT, BD]
-    if OVERLAP:  # this kernel may have been started early: what it reads is there only now
-        tl.extra.cuda.gdc_wait()
-    for i_t in range(0, T, BT):
-        o_t = i_t + tl.arange(0, BT)
-        m = (o_t < T)[:, None] & (o_d < D)[None, :]
-        b_dw += tl.load(lines + o_t[:, None] * D + o_d[None, :], mask=m, other=0.0)
-    tl.store(dw + o_d, tl.sum(b_dw, 0).to(dw.dtype.element_ty), mask=o_d < D)
 
 
 @triton.jit
@@ -235,9 +219,7 @@ def _rmsnorm_bwd(
     tile = rmsnorm_bwd_tile(D, x.element_size(), needs_dw)
     if ds is not None:
         tile = as_staged(tile, x.element_size(), tensors=3)
-    programs = ceil_div(T, tile.BT)
-    if tile.stay is not None:
-        programs = min(programs, resident_programs(x.device, tile.stay))
+    programs = n_programs(T, tile, x.device)
     lines = torch.empty((programs, D), dtype=accumulated_in(x), device=x.device) if needs_dw else None
     overlap = needs_dw and can_overlap(x.device)
     if T > 0:
@@ -247,17 +229,6 @@ def _rmsnorm_bwd(
             STAGES=tile.stages, OVERLAP=overlap, num_warps=tile.warps,
         )
     return dx, sum_lines(lines, w.dtype, overlap) if needs_dw else None
-
-
-def sum_lines(lines: Tensor, dtype: torch.dtype, overlap: bool = False) -> Tensor:
-    """lines [T, D], one of each program, → their sum [D]. `overlap`: the kernel that writes them lets this one start."""
-    T, D = lines.shape
-    dw = torch.empty(D, dtype=dtype, device=lines.device)
-    launch(
-        _sum_lines_kernel, (ceil_div(D, SUM_LINES.BD),), lines=lines, dw=dw, T=T, D=D, BT=SUM_LINES.BT,
-        BD=SUM_LINES.BD, OVERLAP=overlap, num_warps=SUM_LINES.warps, launch_pdl=overlap,
-    )
-    return dw
 
 
 def _rmsnorm_wide_bwd(
@@ -285,31 +256,6 @@ def _rmsnorm_wide_bwd(
     return sum_lines(lines, w.dtype)
 
 
-def with_rows(x: Tensor) -> Tensor:
-    """x [..., D] as it is where kernels can walk over its rows: all lie side by side. Else [T, D] with the same rows,
-    any distance apart, copied where the values of each do not lie side by side."""
-    if x.is_contiguous():
-        return x
-    x = x.reshape(-1, x.shape[-1])
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def count_rows(x: Tensor) -> int:
-    return x.numel() // x.shape[-1]
-
-
-def row_stride(x: Tensor | None) -> int:
-    """From one row to the next, of what `with_rows` gave."""
-    if x is None:
-        return 0
-    return x.shape[-1] if x.is_contiguous() else x.stride(0)
-
-
-def accumulated_in(x: Tensor) -> torch.dtype:
-    """The dtype of sums over values of x."""
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 class _RMSNorm(torch.autograd.Function):
     """Reshapes inside, where autograd does not have to record it."""
 
@@ -330,7 +276,7 @@ class _RMSNorm(torch.autograd.Function):
 
 
 def rmsnorm(x: Tensor, weight: Tensor | None = None, *, eps: float = 1e-6) -> Tensor:
-    """kernels_torch.rmsnorm, in one pass over x."""
+    """kernels_torch.rmsnorm, in one pass over x. Arguments: see kernels_torch.rmsnorm."""
     check_rmsnorm(x, weight, eps)
     check_gpu(x=x)
     return _RMSNorm.apply(x, weight if weight is None else weight.contiguous(), float(eps))
