@@ -1,14 +1,27 @@
-"""Attention: against a softmax written out, who sees whom, documents, and decoding against the whole."""
+"""Attention: against a softmax written out, who sees whom, documents, and decoding against the whole.
 
-from itertools import pairwise
+And what is particular to going tile by tile: odd lengths, tiles nobody sees, large scores, what is kept for backward.
+"""
+
+from importlib import import_module
+from itertools import cycle, pairwise, product
 
 import pytest
 import torch
 
+import kernels_torch
 from kernels_torch.cases import CASES
-from tests.kernels.test_contract import BACKENDS, MODULES
+from tests.conftest import HAS_GPU
+from tests.kernels.test_contract import BACKENDS, MODULES, dtypes, every_second, transposed
+from tests.numerics import judge, outputs, run, upstream_of
 
-WITH_ATTENTION = [backend for backend in BACKENDS if "attention" in MODULES[backend].__all__]
+ATTENTION = {"torch": kernels_torch.attention}
+if "triton" in BACKENDS:
+    TRITON = import_module("kernels_triton.attention")
+    TILES = import_module("kernels_triton.attention.tiles")
+    ATTENTION["triton"] = TRITON.attention
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+WITH_ATTENTION = list(ATTENTION)
 WITH_DECODE = [backend for backend in BACKENDS if "attention_decode" in MODULES[backend].__all__]
 
 
@@ -33,7 +46,7 @@ def written_out(q, k, v, *, window=None, doc_ids=None, scale=None):
 def test_equals_the_softmax_written_out(backend, shape, device):
     inputs = CASES["attention"].make(shape, torch.float64, device)
     for scale in (None, 0.3):
-        got = MODULES[backend].attention(**inputs, scale=scale)
+        got = ATTENTION[backend](**inputs, scale=scale)
         torch.testing.assert_close(got, written_out(**inputs, scale=scale), rtol=1e-12, atol=1e-12)
 
 
@@ -55,7 +68,7 @@ def test_a_window_of_w_sees_exactly_w_earlier_keys(backend, window, device):
     inputs = CASES["attention"].make(shape, torch.float32, device)
     for key in (0, 7, T - 1):
         last = T - 1 if window is None else min(T - 1, key + window)
-        assert affected_queries(MODULES[backend].attention, inputs, key) == list(range(key, last + 1))
+        assert affected_queries(ATTENTION[backend], inputs, key) == list(range(key, last + 1))
 
 
 @pytest.mark.parametrize("backend", WITH_ATTENTION)
@@ -69,15 +82,15 @@ def test_packed_documents_equal_each_document_alone(backend, window, device):
     for row, cut in enumerate(cuts):
         for i, (begin, end) in enumerate(pairwise(cut)):
             doc_ids[row, begin:end] = 7 - i
-    packed = MODULES[backend].attention(q, k, v, window=window, doc_ids=doc_ids)
+    packed = ATTENTION[backend](q, k, v, window=window, doc_ids=doc_ids)
     for row, cut in enumerate(cuts):
         for begin, end in pairwise(cut):
             part = [x[row : row + 1, begin:end] for x in (q, k, v)]
-            alone = MODULES[backend].attention(*part, window=window)
+            alone = ATTENTION[backend](*part, window=window)
             torch.testing.assert_close(packed[row : row + 1, begin:end], alone, rtol=1e-12, atol=1e-12)
     interleaved = torch.tensor([[0, 1] * 9 + [0]] * 2, device=device)
     expected = written_out(q, k, v, window=window, doc_ids=interleaved)
-    got = MODULES[backend].attention(q, k, v, window=window, doc_ids=interleaved)
+    got = ATTENTION[backend](q, k, v, window=window, doc_ids=interleaved)
     torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -87,9 +100,9 @@ def test_the_last_queries_alone_equal_the_whole(backend, window, device):
     """Fewer queries than keys are the last ones: bottom-right alignment."""
     inputs = CASES["attention"].make({"B": 2, "T": 11, "H": 2, "Hkv": 2, "D": 8}, torch.float64, device)
     q, k, v = (inputs[name] for name in "qkv")
-    whole = MODULES[backend].attention(q, k, v, window=window)
+    whole = ATTENTION[backend](q, k, v, window=window)
     for n in (1, 2, 10):
-        last = MODULES[backend].attention(q[:, -n:], k, v, window=window)
+        last = ATTENTION[backend](q[:, -n:], k, v, window=window)
         torch.testing.assert_close(last, whole[:, -n:], rtol=1e-12, atol=1e-12)
 
 
@@ -123,7 +136,8 @@ def test_a_query_before_the_first_position_gives_zeros(backend, device):
 
 
 @pytest.mark.gpu
-def test_plain_causal_attention_never_makes_the_whole_matrix(device):
+@pytest.mark.parametrize("backend", WITH_ATTENTION)
+def test_plain_causal_attention_never_makes_the_whole_matrix(backend, device):
     """Twice the length costs about twice the memory, forward and backward (heads in groups, too)."""
 
     def peak_bytes(T: int) -> int:
@@ -131,8 +145,208 @@ def test_plain_causal_attention_never_makes_the_whole_matrix(device):
         for name in "qkv":
             inputs[name].requires_grad_()
         torch.cuda.reset_peak_memory_stats()
-        MODULES["torch"].attention(**inputs).float().sum().backward()
+        ATTENTION[backend](**inputs).float().sum().backward()
         return torch.cuda.max_memory_allocated()
 
     peak_bytes(256)
     assert peak_bytes(16384) <= 2.2 * peak_bytes(8192)
+
+
+def odd_lengths() -> list:
+    """FlashAttention's odd lengths, with all kinds of heads, with a window and without, widths and dtypes in turn.
+
+    In the interpreter the long ones take one kind of heads. NumPy adds up products over a head's whole width in a row,
+    PyTorch in parts, so beyond 128 fp32 would be held against something that fp32 on a GPU does not do either.
+    """
+    lengths = [(1, 1), (1, 239), (3, 799), (113, 203), (108, 256), (239, 239), (1023, 1024), (1023, 1023)]
+    lengths += [(4224, 4224)] if HAS_GPU else []
+    heads, widths = [(2, 2), (4, 2), (3, 1)], cycle([64, 16, 128, 80, 32, 256, 96, 192, 5])
+    kinds = cycle(dtypes("triton") if HAS_GPU else [torch.float32, torch.float16])
+    params = []
+    for (T, Tk), (H, Hkv), windowed in product(lengths, heads, (False, True)):
+        D, dtype, window = next(widths), next(kinds), Tk // 3 if windowed else None
+        if not HAS_GPU and T > 1000 and (H, Hkv) != (2, 2):
+            continue
+        if not HAS_GPU and D > 128:
+            dtype = torch.float16
+        shape = dict(B=1, T=T, Tk=Tk, H=H, Hkv=Hkv, D=D, window=window)
+        name = "-".join(str(part) for part in (T, Tk, H, Hkv, D, window, str(dtype).removeprefix("torch.")))
+        params.append(pytest.param(shape, dtype, id=name))
+    return params
+
+
+def use_tiles(monkeypatch: pytest.MonkeyPatch, forward: tuple, dq: tuple, dk_dv: tuple) -> None:
+    """Queries × keys at a time of each kernel in the interpreter; a GPU keeps to its table."""
+    if not HAS_GPU:
+        for kernel, tile in (("forward", forward), ("dq", dq), ("dk_dv", dk_dv)):
+            monkeypatch.setitem(TILES.IN_INTERPRETER, kernel, {256: TILES.Tile(*tile, 4, 1)})
+
+
+@needs_triton
+@pytest.mark.parametrize(("shape", "dtype"), odd_lengths())
+def test_odd_lengths_are_as_exact_as_plain_pytorch(shape, dtype, device, monkeypatch):
+    use_tiles(monkeypatch, (128, 64), (64, 128), (128, 64))
+    inputs = CASES["attention"].make(shape, dtype, device)
+    judge("attention", run("attention", TRITON.attention, CASES["attention"].cast(inputs, dtype)), inputs)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", dtypes("triton"), ids=str)
+@pytest.mark.parametrize("shape", CASES["attention"].check, ids=str)
+def test_triton_is_as_exact_as_plain_pytorch(shape, dtype, device):
+    inputs = CASES["attention"].make(shape, dtype, device)
+    judge("attention", run("attention", TRITON.attention, CASES["attention"].cast(inputs, dtype)), inputs)
+
+
+SMALL_TILES = [
+    ((16, 16), (16, 16), (16, 16)),
+    ((64, 16), (32, 64), (16, 64)),
+    ((32, 64), (16, 32), (32, 16)),
+]
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [0, 1, 15, 16, 17, 63, 64, 65, 107, 108, None])
+@pytest.mark.parametrize(
+    ("tiles", "Tk"), [(SMALL_TILES[0], 109), (SMALL_TILES[1], 109), (SMALL_TILES[2], 150)], ids=str
+)
+def test_windows_that_end_on_and_beside_the_edges_of_tiles(window, tiles, Tk, device, monkeypatch):
+    use_tiles(monkeypatch, *tiles)
+    shape = dict(B=1, T=109, Tk=Tk, H=1, Hkv=1, D=16, window=window)
+    inputs = CASES["attention"].make(shape, torch.float32, device)
+    judge("attention", run("attention", TRITON.attention, CASES["attention"].cast(inputs, torch.float32)), inputs)
+
+
+DOCUMENTS = {
+    "packed": lambda B, T: torch.randint(0, 4, (B, T)).sort(dim=1).values,
+    "falling": lambda B, T: torch.randint(0, 4, (B, T)).sort(dim=1, descending=True).values,
+    "coming_back": lambda B, T: torch.arange(T).div(19, rounding_mode="floor").remainder(3).expand(B, T),
+    "shuffled": lambda B, T: torch.randint(-2, 3, (B, T)),
+    "one": lambda B, T: torch.full((B, T), 7),
+    "each_its_own": lambda B, T: torch.arange(T).expand(B, T) - 2**40,
+    "one_stranger": lambda B, T: (torch.arange(T) == 70).long().expand(B, T),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("tiles", SMALL_TILES[:2], ids=str)
+@pytest.mark.parametrize("documents", DOCUMENTS)
+def test_documents_in_any_order(documents, tiles, window, device, monkeypatch):
+    """As many as there may be in a tile, or one tile after another, and ids that 32 bits do not hold."""
+    use_tiles(monkeypatch, *tiles)
+    B, T = 2, 101
+    inputs = CASES["attention"].make(dict(B=B, T=T, H=1, Hkv=1, D=16, window=window), torch.float32, device)
+    inputs["doc_ids"] = DOCUMENTS[documents](B, T).to(device)
+    if documents == "each_its_own":  # gradients of scores are 0, and nobody's rounding can be held against that
+        got = TRITON.attention(**inputs)
+        torch.testing.assert_close(got, inputs["v"], rtol=1e-6, atol=0)
+    else:
+        judge("attention", run("attention", TRITON.attention, CASES["attention"].cast(inputs, torch.float32)), inputs)
+
+
+@needs_triton
+@pytest.mark.parametrize("documents", [False, True])
+def test_tiles_that_nobody_sees_are_not_read(documents, device, monkeypatch):
+    """NaN in them stays where it is: were they masked only, 0 · NaN would be everywhere."""
+    use_tiles(monkeypatch, (128, 64), (64, 64), (64, 128))
+    T, far = 1024, slice(0, 256)
+    inputs = CASES["attention"].make(dict(B=1, T=T, H=2, Hkv=1, D=16), torch.float32, device)
+    if documents:
+        inputs["doc_ids"] = (torch.arange(T, device=device)[None] >= 300).int()
+    else:
+        inputs["window"] = 40
+    inputs["k"][:, far], inputs["v"][:, far], inputs["q"][:, far] = torch.nan, torch.nan, torch.nan
+    results = run("attention", TRITON.attention, inputs)
+    first = 512  # a tile or more away from what sees NaN
+    for name in ("output 0", "gradient of q", "gradient of k", "gradient of v"):
+        assert results[name][:, far].isnan().all()
+        assert results[name][:, first:].isfinite().all(), name
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", dtypes("triton")[1:], ids=str)  # what fp64 would be held against is extrapolated
+@pytest.mark.parametrize("window", [None, 30])
+def test_large_scores_do_not_overflow(dtype, window, device):
+    """In hundreds, of both signs: exp of them is more than fp32 holds, and most rows see one key only."""
+    shape = dict(B=1, T=83, H=2, Hkv=1, D=64, window=window)
+    inputs = CASES["attention"].make(shape, torch.float32, device)
+    inputs = CASES["attention"].cast({**inputs, "q": 5 * inputs["q"], "k": 15 * inputs["k"]}, dtype)
+    judge("attention", run("attention", TRITON.attention, CASES["attention"].cast(inputs, dtype)), inputs)
+
+
+@needs_triton
+@pytest.mark.parametrize("scale", [0.0, -0.7, 3])
+def test_any_scale(scale, device):
+    inputs = CASES["attention"].make(dict(B=1, T=37, H=2, Hkv=2, D=8, window=20), torch.float32, device)
+    inputs["scale"] = scale
+    judge("attention", run("attention", TRITON.attention, CASES["attention"].cast(inputs, torch.float32)), inputs)
+
+
+HEADS_FIRST = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
+EXPANDED = lambda x: x[:1, :1].expand(x.shape)
+
+
+@needs_triton
+@pytest.mark.parametrize("strided", [HEADS_FIRST, EXPANDED, transposed, every_second], ids=range(4))
+def test_incoming_gradients_and_inputs_of_any_strides(strided, device):
+    inputs = CASES["attention"].make(dict(B=2, T=45, H=4, Hkv=2, D=16, window=20), torch.float32, device)
+    upstream = tuple(strided(up) for up in upstream_of(outputs(TRITON.attention, inputs)))
+    packed = torch.cat([inputs[name] for name in "qkv"], dim=2)  # one projection's output, cut into three
+    views = dict(zip("qkv", (x.detach() for x in packed.split([4, 2, 2], dim=2)), strict=True))
+    plain = tuple(up.contiguous() for up in upstream)
+    judge("attention", run("attention", TRITON.attention, {**inputs, **views}, upstream), inputs, plain)
+
+
+@needs_triton
+def test_backward_keeps_the_inputs_the_output_and_one_number_a_query(device):
+    shape = dict(B=2, T=130, H=4, Hkv=2, D=16)
+    inputs = CASES["attention"].make(shape, torch.float16, device)
+    kept = {}
+    for name in "qkv":
+        inputs[name].requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.update({x.data_ptr(): x}) or x, lambda x: x):
+        out = TRITON.attention(**inputs)
+    for x in (*inputs.values(), out):
+        if isinstance(x, torch.Tensor):
+            assert kept.pop(x.data_ptr()) is not None
+    (lse,) = kept.values()
+    assert lse.dtype == torch.float32
+    assert lse.numel() <= 2 * 4 * 256  # up to whole tiles
+
+
+@needs_triton
+def test_the_window_that_sees_everything_and_none_are_one(device):
+    inputs = CASES["attention"].make(dict(B=1, T=40, H=2, Hkv=1, D=8), torch.float32, device)
+    assert torch.equal(TRITON.attention(**inputs | {"window": 39}), TRITON.attention(**inputs))
+
+
+@needs_triton
+def test_heads_too_wide_are_refused_by_name(device):
+    q = torch.zeros(1, 1, 1, 257, device=device)
+    with pytest.raises(ValueError, match="at most 256 wide, got 257"):
+        TRITON.attention(q, q, q)
+
+
+@needs_triton
+def test_tiles_of_backward_divide_those_of_forward():
+    """lse is as long as whole tiles of forward, and read in whole tiles of the others."""
+    for table in (TILES.LARGE, TILES.SMALL, TILES.FP32, TILES.FP64, TILES.IN_INTERPRETER):
+        for D in (1, 16, 64, 65, 128, 129, 256):
+            rows = {kernel: next(row for width, row in rows.items() if width >= D) for kernel, rows in table.items()}
+            for kernel in ("dq", "dk_dv"):
+                assert rows["forward"].BT % rows[kernel].BT == 0
+            assert all(row.BT % TILES.DELTA.BT == 0 for row in rows.values())
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize("D", [64, 128])
+def test_many_runs_under_memory_pressure_give_the_same_bits(D, device):
+    inputs = CASES["attention"].make(dict(B=8, T=1023, H=8, Hkv=2, D=D), torch.bfloat16, device)
+    ballast = torch.empty(int(0.8 * torch.cuda.mem_get_info()[0]), dtype=torch.uint8, device=device)
+    first = run("attention", TRITON.attention, inputs)
+    for _ in range(250):
+        for name, value in run("attention", TRITON.attention, inputs).items():
+            assert torch.equal(value, first[name]), name
+    del ballast
