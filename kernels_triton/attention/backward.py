@@ -137,10 +137,10 @@ def _attention_dk_dv_kernel(
     stride_vb, stride_vt, stride_vh, stride_db, stride_dt, stride_dh, stride_ib, stride_it,
     Tq, Tp, Tk, n_heads, n_together, window,
     Hkv: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, scale: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, EDGE_STAGES: tl.constexpr,
+    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):
     """The first keys have the most queries. One loop goes over the tiles of all heads of the group, so that when one head
-    ends the next one's tiles are on their way. Fewer stages where pairs are hidden leave registers for the rest."""
+    ends the next one's tiles are on their way."""
     n_s = tl.cdiv(Tk, BS)
     i_s, i_bh = place(tl.program_id(0), n_s, n_heads, n_together)
     i_b, i_h = i_bh // Hkv, i_bh % Hkv
@@ -161,7 +161,7 @@ def _attention_dk_dv_kernel(
     b_dv = tl.zeros([BS, BD], dtype=lse.dtype.element_ty)                                               # [BS, BD]
     a, b, c, end = queries_of(s0, Tq, Tk, window, p_bounds, BT, BS)
     n = end - c + b - a
-    for i in tl.range(0, n * GROUP, num_stages=EDGE_STAGES):
+    for i in range(n * GROUP):
         i_g = head_of(i, n, GROUP)
         b_dk, b_dv = _dk_dv_step(
             edge(i - (i_g * n).to(tl.int32), a, b, c, end), b_k, b_v, b_dk, b_dv, b_id, o_s,
@@ -241,7 +241,7 @@ def _dk_dv(
         _attention_dk_dv_kernel, (ceil_div(Tk, tile.BS) * B * Hkv,), q=q, k=k, v=v, dout=dout, dk=dk, dv=dv, lse=lse,
         delta=delta, **strides(q, k, v, dout), Tq=Tq, Tp=lse.shape[2], Tk=Tk, n_heads=B * Hkv,
         n_together=heads_in_l2(q, 2 * (H // Hkv)), window=window, Hkv=Hkv, GROUP=H // Hkv, D=D, scale=scale,
-        BT=tile.BT, BS=tile.BS, BD=padded(D), EDGE_STAGES=min(tile.stages, 2),
+        BT=tile.BT, BS=tile.BS, BD=padded(D),
         num_warps=tile.warps, num_stages=tile.stages, **document_bounds(doc_ids, tile.BS),
     )
 
