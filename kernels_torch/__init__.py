@@ -5,7 +5,7 @@ A backend is a folder `kernels_<name>` that exports functions under these names 
 
 from kernels_torch.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_torch.attention import attention
-from kernels_torch.attention_decode import attention_decode
+from kernels_torch.attention_decode import attention_decode, attention_decode_paged
 from kernels_torch.embedding import embedding
 from kernels_torch.gelu import gelu
 from kernels_torch.layer_norm import layer_norm
@@ -23,6 +23,7 @@ __all__ = [
     "add_rmsnorm",
     "attention",
     "attention_decode",
+    "attention_decode_paged",
     "embedding",
     "gelu",
     "layer_norm",

@@ -51,6 +51,35 @@ def attention_decode(
     return torch.where(exists, out, 0)
 
 
+def attention_decode_paged(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """`attention_decode` over pages: position s of row b is entry s % page of page block_table[b, s // page].
+
+    q                 [B, Tn, H, D]
+    k_pages, v_pages  [P, page, Hkv, D], the dtype of q; rows may share pages
+    block_table       [B, n] integers on the device, the pages of each row in order; what lies behind those of
+                      lengths[b] keys may be anything (the others are not checked: that would wait for the device)
+    lengths, window, scale   as there; lengths at most n · page
+    → [B, Tn, H, D]
+    """
+    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window)
+    k_cache, v_cache = (in_order(pages, block_table) for pages in (k_pages, v_pages))
+    return attention_decode(q, k_cache, v_cache, lengths, window=window, scale=scale)
+
+
+def in_order(pages: Tensor, block_table: Tensor) -> Tensor:
+    """[P, page, Hkv, D] and [B, n] → [B, n · page, Hkv, D]; an entry that is no page is taken as some page."""
+    return pages[block_table.long().clamp(0, len(pages) - 1)].flatten(1, 2)
+
+
 def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None) -> None:
     """Refuse what `attention_decode` cannot mean."""
     check_heads(q, k_cache, v_cache)
@@ -63,3 +92,33 @@ def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths:
         )
     if window is not None and window < 0:
         raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
+
+
+def check_attention_decode_paged(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, window: int | None
+) -> None:
+    """Refuse what `attention_decode_paged` cannot mean, in the words of `attention_decode`."""
+    check_devices(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
+    if q.dim() != 4 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[3] != k_pages.shape[3]:
+        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k_pages, v_pages))
+        raise ValueError(f"q must be [B, Tn, H, D], k_pages and v_pages [P, page, Hkv, D], got {shapes}")
+    (B, Tn, H, _), (_, page, Hkv, _) = q.shape, k_pages.shape
+    if Hkv == 0 or H % Hkv:
+        raise ValueError(f"query heads must be a multiple of key heads, got {H} and {Hkv}")
+    if not (q.dtype == k_pages.dtype == v_pages.dtype and q.is_floating_point()):
+        dtypes = f"{q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
+        raise ValueError(f"q, k_pages and v_pages must have one floating-point dtype, got {dtypes}")
+    if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
+        raise ValueError(
+            f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"
+        )
+    if Tn > block_table.shape[1] * page:
+        raise ValueError(f"{Tn} new tokens do not fit a cache of {block_table.shape[1] * page}")
+    if tuple(lengths.shape) != (B,) or not holds_integers(lengths):
+        raise ValueError(f"lengths must be an integer tensor [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
+    if window is not None and window < 0:
+        raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
+
+
+def holds_integers(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool

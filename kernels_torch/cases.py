@@ -179,6 +179,19 @@ def attention_decode_inputs(
     return dict(q=randn(B, Tn, H, D), k_cache=k, v_cache=v, lengths=lengths.to(torch.int32), window=window)
 
 
+def attention_decode_paged_inputs(
+    B: int, Tn: int, page: int, n: int, H: int, Hkv: int, D: int, window: int | None = None, full: bool = False
+) -> Shape:
+    """The cache of attention_decode_inputs, cut into pages that lie in any order among some that are nobody's."""
+    inputs = attention_decode_inputs(B, Tn, n * page, H, Hkv, D, window, full)
+    order = torch.randperm(B * n + 3)
+    pages = torch.full((2, B * n + 3, page, Hkv, D), torch.nan)
+    for i, name in enumerate(("k_cache", "v_cache")):
+        pages[i, order[: B * n]] = inputs.pop(name).view(B * n, page, Hkv, D)
+    block_table = order[: B * n].view(B, n).to(torch.int32)
+    return dict(inputs, k_pages=pages[0].clone(), v_pages=pages[1].clone(), block_table=block_table)
+
+
 def linear_cross_entropy_inputs(
     N: int,
     D: int,
@@ -540,8 +553,40 @@ CASES = {
                 dict(B=0, Tn=1, S=4, H=2, Hkv=1, D=8),
             ],
             time=[
-                dict(B=B, Tn=1, S=2048, H=H, Hkv=Hkv, D=128, full=True)
-                for B, H, Hkv in ((1, 3, 3), (1, 6, 6), (1, 17, 17), (32, 6, 6), (32, 16, 4))
+                dict(B=B, Tn=1, S=S, H=H, Hkv=Hkv, D=128, full=True)
+                for B, S, H, Hkv in (
+                    (1, 1024, 6, 6),
+                    (1, 2048, 17, 17),
+                    (1, 32768, 6, 6),
+                    (1, 131072, 16, 4),
+                    (1, 131072, 16, 1),
+                    (8, 8192, 16, 16),
+                    (32, 2048, 6, 6),
+                    (32, 8192, 16, 4),
+                    (64, 1024, 12, 12),
+                    (64, 8192, 16, 1),
+                )
+            ],
+        ),
+        Case(
+            "attention_decode_paged",
+            inputs=attention_decode_paged_inputs,
+            flops=lambda B, Tn, page, n, H, Hkv, D, window=None, **_: (
+                4 * B * H * D * visible_pairs(Tn, n * page, window)
+            ),
+            bytes=lambda B, Tn, page, n, H, Hkv, D, window=None, **_: (
+                B * D * (2 * Tn * H + 2 * min(n * page, (n * page if window is None else window) + Tn) * Hkv)
+            ),
+            batched=("q",),
+            check=[
+                dict(B=3, Tn=1, page=8, n=3, H=4, Hkv=2, D=16),
+                dict(B=2, Tn=5, page=4, n=4, H=2, Hkv=1, D=8, window=3),
+                dict(B=1, Tn=7, page=7, n=1, H=2, Hkv=2, D=8, full=True),
+                dict(B=0, Tn=1, page=4, n=2, H=2, Hkv=1, D=8),
+            ],
+            time=[
+                dict(B=B, Tn=1, page=256, n=S // 256, H=H, Hkv=Hkv, D=128, full=True)
+                for B, S, H, Hkv in ((1, 2048, 6, 6), (32, 2048, 6, 6), (32, 8192, 16, 4))
             ],
         ),
         mlp_case("relu2_mlp", relu2_mlp_inputs, 2, [d_model(384), d_model(768), d_model(1280)]),

@@ -3,6 +3,8 @@
 import triton
 
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
+from kernels_triton.attention import attention
+from kernels_triton.attention_decode import attention_decode, attention_decode_paged
 from kernels_triton.embedding import embedding
 from kernels_triton.gelu import gelu
 from kernels_triton.layer_norm import layer_norm
@@ -22,6 +24,9 @@ if triton.knobs.runtime.interpret:
 
 __all__ = [
     "add_rmsnorm",
+    "attention",
+    "attention_decode",
+    "attention_decode_paged",
     "embedding",
     "gelu",
     "layer_norm",

@@ -30,8 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_torch.attention_decode import check_attention_decode
-from kernels_torch.checks import check_devices
+from kernels_torch.attention_decode import check_attention_decode, check_attention_decode_paged
 from kernels_triton.launch import can_overlap, ceil_div, launch, n_processors, next_power_of_two
 
 
@@ -275,15 +274,7 @@ def attention_decode_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, *, window: int | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """`attention_decode` over a cache in pages: position s of row b is entry s % page of page block_table[b, s // page].
-
-    q                 [B, Tn, H, D]
-    k_pages, v_pages  [P, page, Hkv, D], the dtype of q; rows may share pages
-    block_table       [B, n] integers on the device, what lies behind the pages of lengths[b] keys is not read (nor
-                      checked what is: that would wait for the device)
-    lengths, window, scale   as there; lengths at most n · page
-    → [B, Tn, H, D]
-    """
+    """kernels_torch.attention_decode_paged, in one pass over the pages that are seen."""
     check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window)
     with torch.no_grad():
         return _attention_decode(q, k_pages, v_pages, block_table, lengths, window, scale_of(q, scale))
@@ -291,34 +282,3 @@ def attention_decode_paged(
 
 def scale_of(q: Tensor, scale: float | None) -> float:
     return max(q.shape[3], 1) ** -0.5 if scale is None else float(scale)
-
-
-def check_attention_decode_paged(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, window: int | None
-) -> None:
-    """Refuse what `attention_decode_paged` cannot mean, in the words of `attention_decode`."""
-    check_devices(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
-    if q.dim() != 4 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[3] != k_pages.shape[3]:
-        shapes = ", ".join(str(tuple(x.shape)) for x in (q, k_pages, v_pages))
-        raise ValueError(f"q must be [B, Tn, H, D], k_pages and v_pages [P, page, Hkv, D], got {shapes}")
-    (B, Tn, H, _), (_, page, Hkv, _) = q.shape, k_pages.shape
-    if Hkv == 0 or H % Hkv:
-        raise ValueError(f"query heads must be a multiple of key heads, got {H} and {Hkv}")
-    if not (q.dtype == k_pages.dtype == v_pages.dtype and q.is_floating_point()):
-        raise ValueError(
-            f"q, k_pages and v_pages must have one floating-point dtype, got {q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
-        )
-    if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
-        raise ValueError(
-            f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"
-        )
-    if Tn > block_table.shape[1] * page:
-        raise ValueError(f"{Tn} new tokens do not fit a cache of {block_table.shape[1] * page}")
-    if tuple(lengths.shape) != (B,) or not holds_integers(lengths):
-        raise ValueError(f"lengths must be an integer tensor [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
-
-
-def holds_integers(x: Tensor) -> bool:
-    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool

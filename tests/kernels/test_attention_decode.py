@@ -24,26 +24,6 @@ HALF = torch.bfloat16 if HAS_GPU else torch.float16
 SMALL = Tile(BM=16, BS=16, warps=4, stages=2, fill=2, least=1)  # blocks that even a short row has several of
 
 
-def attention_decode_paged_reference(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_table: Tensor,
-    lengths: Tensor,
-    *,
-    window: int | None = None,
-    scale: float | None = None,
-) -> Tensor:
-    """What `attention_decode_paged` means: the pages of each row put one after the other, then `attention_decode`."""
-    k_cache, v_cache = (gathered(pages, block_table) for pages in (k_pages, v_pages))
-    return kernels_torch.attention_decode(q, k_cache, v_cache, lengths, window=window, scale=scale)
-
-
-def gathered(pages: Tensor, block_table: Tensor) -> Tensor:
-    """[P, page, Hkv, D] and [B, n] → [B, n · page, Hkv, D]; entries that are no page are taken as one."""
-    return pages[block_table.long().clamp(0, len(pages) - 1)].flatten(1, 2)
-
-
 def made(shape: dict, dtype: torch.dtype, device: torch.device, lengths: list[int] | None = None, **changes) -> dict:
     """Inputs of a shape; with lengths given, NaN lies behind those."""
     inputs = CASE.make(dict(shape, full=True), dtype, device) | changes
@@ -91,7 +71,7 @@ def small_tiles(monkeypatch):
 def test_signatures_are_the_reference_ones():
     for reference, function in (
         (kernels_torch.attention_decode, attention_decode),
-        (attention_decode_paged_reference, attention_decode_paged),
+        (kernels_torch.attention_decode_paged, attention_decode_paged),
     ):
         parameters = inspect.signature(function).parameters.values()
         expected = inspect.signature(reference).parameters.values()
@@ -260,7 +240,9 @@ def test_pages_in_any_order_equal_a_cache_in_one_piece(page, window, integer, de
     if 96 % page == 0:
         assert torch.equal(got, attention_decode(**inputs))
     judge(OP, {"output 0": got}, inputs)
-    exact, plain = (attention_decode_paged_reference(**cast_pages(pages, d)) for d in (torch.float64, torch.float32))
+    exact, plain = (
+        kernels_torch.attention_decode_paged(**cast_pages(pages, d)) for d in (torch.float64, torch.float32)
+    )
     assert_close(got, exact, plain)
 
 

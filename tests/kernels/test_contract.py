@@ -297,6 +297,15 @@ REFUSED = {
         (lambda _: {"window": -2}, "-2"),
         (lambda inputs: {"q": inputs["q"].repeat(1, 18, 1, 1)}, "18 new tokens do not fit a cache of 17"),
     ],
+    "attention_decode_paged": [
+        (half("v_pages"), "page, Hkv, D"),
+        (lambda inputs: {"block_table": inputs["block_table"].float()}, "block_table .*float32"),
+        (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
+        (lambda inputs: {"lengths": inputs["lengths"].float()}, "lengths .*float32"),
+        (lambda inputs: {"q": inputs["q"][:, :, :3]}, "3 and 2"),
+        (lambda _: {"window": -2}, "-2"),
+        (lambda inputs: {"q": inputs["q"].repeat(1, 25, 1, 1)}, "25 new tokens do not fit a cache of 24"),
+    ],
     "relu2_mlp": [(half("w_up"), r"\(20, 6\)"), (half("x"), "w_down"), (as_int("w_down"), "int32")],
     "swiglu_mlp": [(half("w_gate"), r"\(20, 6\)"), (half("x"), "w_down"), (as_int("w_up"), "int32")],
     "linear_cross_entropy": [
