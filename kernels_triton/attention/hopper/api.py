@@ -1,0 +1,32 @@
+"""What the Hopper kernels take from Gluon, Triton's language for the hardware itself.
+
+It is experimental and its names move between releases; whatever differs among Triton 3.6 … 3.9 is settled here, and kernels
+import Gluon from nowhere else.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from triton.experimental.gluon.language.nvidia.hopper import (  # isort: skip
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
+)
+
+__all__ = [
+    "TensorDescriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "new_barriers", "threads_meet", "tma_load",
+    "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+]
+
+tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # removed in 3.9
+tma_store = tma.async_store if hasattr(tma, "async_store") else tma.async_copy_shared_to_global
+tma_store_wait = tma.store_wait
+threads_meet = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier  # of the partition that calls it
+
+
+@gluon.jit
+def new_barriers(n: gl.constexpr, arrivals: gl.constexpr):
+    """n barriers in shared memory, of `arrivals` arrivals each; before other warps see them, threads_meet()."""
+    barriers = gl.allocate_shared_memory(gl.int64, [n, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(n):
+        mbarrier.init(barriers.index(i), count=arrivals)
+    return barriers
