@@ -5,6 +5,7 @@ Every function has the signature of our op, so that a bench can call them all al
 """
 
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -88,10 +89,54 @@ def quack_rmsnorm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 QUACK = {"rmsnorm": quack_rmsnorm}
 
 
+def sdpa(backend: str) -> Callable:
+    """PyTorch's fused attention by one of its kernels alone: what that does not know fails."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, doc_ids: Tensor | None) -> Tensor:
+        if window is not None or doc_ids is not None or q.shape[1] != k.shape[1]:
+            raise ValueError("causal attention of whole rows only")
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        return out.transpose(1, 2)
+
+    return attention
+
+
+def flex_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, doc_ids: Tensor | None) -> Tensor:
+    """The mask is made once for each length and window: it is not what is timed."""
+    if doc_ids is not None or q.shape[1] != k.shape[1]:
+        raise ValueError("rows without documents only")
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    mask = block_mask(q.shape[2], window, q.device)
+    return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)
+
+
+@cache
+def compiled_flex() -> Callable:
+    return torch.compile(import_module("torch.nn.attention.flex_attention").flex_attention, dynamic=False)
+
+
+@cache
+def block_mask(T: int, window: int | None, device: torch.device) -> object:
+    def causal(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return s <= t if window is None else (s <= t) & (t - s <= window)
+
+    create = import_module("torch.nn.attention.flex_attention").create_block_mask
+    return create(causal, None, None, T, T, device=device)
+
+
+TORCH = {
+    "attention": {"cudnn": sdpa("CUDNN_ATTENTION"), "flash": sdpa("FLASH_ATTENTION"), "flex": flex_attention},
+}
+
+
 def peers(op: str) -> dict[str, Callable]:
     """What else is installed and has the op. Where it cannot do a shape, the table leaves it out and says so."""
     packages = {"liger": ("liger_kernel", LIGER), "quack": ("quack", QUACK)}
-    return {name: found[op] for name, (package, found) in packages.items() if op in found and find_spec(package)}
+    installed = {name: found[op] for name, (package, found) in packages.items() if op in found and find_spec(package)}
+    return TORCH.get(op, {}) | installed
 
 
 def products_of(op: str, inputs: Shape) -> dict[str, Call]:

@@ -26,6 +26,9 @@ COLOURS = {
     "torch.compile": "#6b7c93",
     "liger": "#e0a458",
     "quack": "#7fa650",
+    "cudnn": "#7fa650",
+    "flash": "#5b8c85",
+    "flex": "#e0a458",
     "triton": "#c8553d",
 }
 

@@ -26,6 +26,8 @@ class Case:
     batched         inputs with one independent entry per index of their first dimension, as the outputs have
     fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
     huge            a shape with more elements in one tensor than 32 bits can count, where that makes sense
+    part            (name, tensor, inputs) → what of an input, output or gradient makes up a small independent
+                    part of the problem, where the reference in fp64 would not fit into memory whole; only benches ask
     """
 
     op: str
@@ -39,6 +41,7 @@ class Case:
     batched: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
     huge: Shape | None = None
+    part: Callable[[str, Tensor, Shape], Tensor] | None = None
 
     def make(self, shape: Shape, dtype: torch.dtype, device: torch.device | str, seed: int = 0) -> Shape:
         """Keyword arguments of the op for a shape: the same numbers for the same seed on the same kind of device.
@@ -166,6 +169,12 @@ def attention_inputs(
     S = T if Tk is None else Tk
     doc_ids = randint(0, documents, (B, T), dtype=torch.int32).sort(dim=1).values if documents else None
     return dict(q=randn(B, T, H, D), k=randn(B, S, Hkv, D), v=randn(B, S, Hkv, D), window=window, doc_ids=doc_ids)
+
+
+def attention_part(name: str, value: Tensor, inputs: Shape) -> Tensor:
+    """The first row's first key head and its queries."""
+    heads = 1 if name.split()[-1][0] in "kv" else inputs["q"].shape[2] // inputs["k"].shape[2]
+    return value[:1] if name == "doc_ids" else value[:1, :, :heads]
 
 
 def attention_decode_inputs(
@@ -514,6 +523,7 @@ CASES = {
             backward=(2.5, 2.0),
             differentiable=("q", "k", "v"),
             batched=("q", "k", "v"),
+            part=attention_part,
             check=[
                 dict(B=2, T=17, H=4, Hkv=2, D=16),
                 dict(B=1, T=13, H=2, Hkv=2, D=8, window=4),

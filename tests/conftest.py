@@ -5,9 +5,12 @@ is why it happens here, at import. The interpreter is right for fp32, fp16 and f
 bf16 kernels are tested on a GPU only. `TRITON_INTERPRET=1 pytest` keeps to the CPU on a machine that has a GPU.
 """
 
+import fcntl
 import os
 import random
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -49,3 +52,13 @@ def known_state() -> Iterator[None]:
 def device() -> torch.device:
     """Where this run tests: the GPU if there is one, else the CPU."""
     return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture
+def much_memory() -> Iterator[None]:
+    """One test at a time that needs a large part of the GPU's memory, however many processes test at once."""
+    with (Path(tempfile.gettempdir()) / "kestrel-tests-much-memory.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        if HAS_GPU:
+            torch.cuda.empty_cache()

@@ -14,7 +14,7 @@ from kernels_triton.attention.tiles import DELTA, document_bounds, heads_in_l2, 
 from kernels_triton.launch import ceil_div, launch
 
 from kernels_triton.attention.primitives import (  # isort: skip
-    edge, head_of, keys_of, load_ids, load_rows, place, queries_of, store_rows, visible,
+    add_product, edge, head_of, keys_of, load_ids, load_rows, place, queries_of, store_rows, visible,
 )
 
 
@@ -54,7 +54,7 @@ def _dq_step(
     b_p = tl.exp2(b_s - b_lse[:, None])                                                                 # [BT, BS]
     b_dp = tl.dot(b_do, b_v.T, input_precision="ieee")                                                  # [BT, BS]
     b_ds = b_p * (b_dp - b_delta[:, None])                                                              # [BT, BS]
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision="ieee", out_dtype=b_dq.dtype)          # [BT, BD]
+    return add_product(b_ds.to(b_k.dtype), b_k, b_dq)                                                   # [BT, BD]
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "n_heads", "n_together", "window"])
@@ -123,11 +123,11 @@ def _dk_dv_step(
         b_s = tl.where(m, b_s, -float("inf"))                                                           # [BS, BT]
     b_p = tl.exp2(b_s - tl.load(lse + i_row + o_t)[None, :])                                            # [BS, BT]
     if NEEDS_DV:
-        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision="ieee", out_dtype=b_dv.dtype)     # [BS, BD]
+        b_dv = add_product(b_p.to(b_do.dtype), b_do, b_dv)                                              # [BS, BD]
     if NEEDS_DK:
         b_dp = tl.dot(b_v, b_do.T, input_precision="ieee")                                              # [BS, BT]
         b_ds = b_p * (b_dp - tl.load(delta + i_row + o_t)[None, :])                                     # [BS, BT]
-        b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision="ieee", out_dtype=b_dk.dtype)      # [BS, BD]
+        b_dk = add_product(b_ds.to(b_q.dtype), b_q, b_dk)                                               # [BS, BD]
     return b_dk, b_dv
 
 

@@ -9,7 +9,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_triton.attention.primitives import edge, keys_of, load_ids, load_rows, place, store_rows, visible
+from kernels_triton.attention.primitives import (  # isort: skip
+    add_product, edge, keys_of, load_ids, load_rows, place, store_rows, visible,
+)
 from kernels_triton.attention.tiles import document_bounds, heads_in_l2, padded, tile_for
 from kernels_triton.launch import ceil_div, launch
 
@@ -37,7 +39,7 @@ def _forward_step(
         b_p = tl.exp2(b_s * C - b_max[:, None])                                                         # [BT, BS]
     b_r = tl.exp2(b_m - b_max)                                                                          # [BT]
     b_v = load_rows(p_v + s0_wide * stride_vt, stride_vt, Tk - s0, D, BS, BD, MASKED)                   # [BS, BD]
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_r[:, None], input_precision="ieee", out_dtype=b_o.dtype)
+    b_o = add_product(b_p.to(b_v.dtype), b_v, b_o * b_r[:, None])                                       # [BT, BD]
     return b_o, b_max, b_l * b_r + tl.sum(b_p, 1)
 
 

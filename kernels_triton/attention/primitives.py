@@ -40,6 +40,16 @@ def store_rows(p, b, stride, n, D: tl.constexpr, BT: tl.constexpr, BD: tl.conste
 
 
 @triton.jit
+def add_product(a, b, b_sum):
+    """b_sum + a · b. Tensor cores add up within themselves; other products are first summed alone, tile by tile, so that
+    the roundings of a sum over thousands of tokens stay few. (max_num_imprecise_acc keeps the compiler from undoing it.)"""
+    if b_sum.dtype == tl.float64 or a.dtype == tl.float32:
+        return b_sum + tl.dot(a, b, input_precision="ieee", out_dtype=b_sum.dtype, max_num_imprecise_acc=1)
+    else:
+        return tl.dot(a, b, b_sum, out_dtype=b_sum.dtype)
+
+
+@triton.jit
 def load_ids(p, stride, n, BT: tl.constexpr):
     """The document ids of BT tokens from p on; from the n-th on, the last one's again."""
     o_t = tl.minimum(tl.arange(0, BT), n - 1)

@@ -238,6 +238,7 @@ def test_can_be_captured_in_a_cuda_graph(backend, op, device):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("much_memory")
 @pytest.mark.parametrize(("backend", "op"), [param for param in OPS if CASES[param.values[1]].huge])
 def test_more_elements_than_32_bits_can_count(backend, op, device):
     """The first and the last entries of a tensor of over 2³¹ values, and their gradients, are what they are alone."""

@@ -51,7 +51,12 @@ def test_rows_far_from_zero_keep_their_variance(backend, M, D, device):
 def test_any_width(backend, D, device):
     """Forward in one block up to 16384, backward up to 8192; a loop over columns beyond."""
     inputs = CASE.make(dict(M=3, D=D), torch.float32, device)
-    judge("layer_norm", run("layer_norm", MODULES[backend].layer_norm, CASE.cast(inputs, torch.float32)), inputs)
+    got = run("layer_norm", MODULES[backend].layer_norm, CASE.cast(inputs, torch.float32))
+    if D == 1:  # dx is zero, or what a product rounded in one place and not in the other leaves: one rounding times r
+        largest = torch.finfo(torch.float32).eps * inputs["eps"] ** -0.5 * 10
+        assert got["gradient of x"].abs().max() < largest
+        got["gradient of x"].zero_()
+    judge("layer_norm", got, inputs)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
