@@ -196,11 +196,16 @@ def copy_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str, device
 
 
 def bytes_of(case: Case, shape: Shape, dtype: torch.dtype, direction: str) -> int:
-    return int(case.bytes(**shape) * dtype.itemsize * factor(case.backward[1], direction))
+    return int(case.bytes(**shape) * dtype.itemsize * factor(backward_of(case, shape)[1], direction))
 
 
 def flops_of(case: Case, shape: Shape, direction: str) -> int:
-    return int(case.flops(**shape) * factor(case.backward[0], direction))
+    return int(case.flops(**shape) * factor(backward_of(case, shape)[0], direction))
+
+
+def backward_of(case: Case, shape: Shape) -> tuple[float, float]:
+    """Work of a backward pass, as multiples of the forward pass's flops and bytes."""
+    return case.backward(**shape) if callable(case.backward) else case.backward
 
 
 def factor(backward: float, direction: str) -> float:

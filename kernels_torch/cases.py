@@ -21,7 +21,8 @@ class Case:
     inputs          shape → keyword arguments of the op, on the default device
     flops, bytes    shape → floating-point operations of a forward pass, and values it must read and write at least
                     (times the size of an element: bytes)
-    backward        work of a backward pass as (flops, bytes), each a multiple of the forward pass
+    backward        work of a backward pass as (flops, bytes), each a multiple of the forward pass; where that depends on
+                    the shape, a function of it
     differentiable  inputs that get a gradient
     batched         inputs with one independent entry per index of their first dimension, as the outputs have
     fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
@@ -36,7 +37,7 @@ class Case:
     bytes: Callable[..., float]
     check: list[Shape]
     time: list[Shape]
-    backward: tuple[float, float] = (2.0, 2.0)
+    backward: tuple[float, float] | Callable[..., tuple[float, float]] = (2.0, 2.0)
     differentiable: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
@@ -315,7 +316,7 @@ CASES = {
             inputs=mix_rmsnorm_inputs,
             flops=lambda M, D, branch=True, **_: 8 * M * D,
             bytes=lambda M, D, branch=True, **_: (5 if branch else 4) * M * D,
-            backward=(2.0, 1.4),  # reads x, branch, anchor, dy and ds, writes two gradients
+            backward=lambda branch=True, **_: (2.0, 1.4 if branch else 1.5),  # reads 5 or 4 tensors, writes 2 gradients
             differentiable=("x", "anchor", "x_scale", "anchor_scale", "branch"),
             batched=("x", "anchor", "branch"),
             fp32=("x_scale", "anchor_scale"),

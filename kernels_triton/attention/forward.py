@@ -12,7 +12,7 @@ from torch import Tensor
 from kernels_triton.attention.primitives import (  # isort: skip
     add_product, edge, keys_of, load_ids, load_rows, place, store_rows, visible,
 )
-from kernels_triton.attention.tiles import document_bounds, heads_in_l2, padded, tile_for
+from kernels_triton.attention.tiles import LSE, document_bounds, heads_in_l2, padded, tile_for
 from kernels_triton.launch import ceil_div, launch
 
 
@@ -80,18 +80,21 @@ def _attention_fwd_kernel(
             Tk, window, D, scale, BS, BD, False,
         )
     tl.store(lse + i_bh * Tp + t0 + tl.arange(0, BT), b_m + tl.log2(b_l))
+    if i_p == 0:  # the rest, that backward's tiles may read
+        for t in range(n_t * BT, Tp, BT):
+            tl.store(lse + i_bh * Tp + t + tl.arange(0, BT), tl.zeros([BT], dtype=lse.dtype.element_ty))
     store_rows(out + ((i_b * Tq + t0) * H + i_h) * D, b_o / b_l[:, None], H * D, Tq - t0, D, BT, BD)
 
 
 def _attention_fwd(
     q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """q [B, Tq, H, D], k and v [B, Tk, Hkv, D] → out as q, and lse [B, H, Tp], Tp being Tq up to a whole tile."""
+    """q [B, Tq, H, D], k and v [B, Tk, Hkv, D] → out as q, and lse [B, H, Tp], Tp being Tq up to a multiple of LSE."""
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
     tile = tile_for("forward", q)
     n_t = ceil_div(Tq, tile.BT)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((B, H, n_t * tile.BT), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    lse = torch.empty((B, H, ceil_div(Tq, LSE) * LSE), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     if out.numel() == 0:
         return out, lse
     (qb, qt, qh), (kb, kt, kh), (vb, vt, vh) = (x.stride()[:3] for x in (q, k, v))

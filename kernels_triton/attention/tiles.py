@@ -1,7 +1,7 @@
 """How attention is cut into tiles.
 
-Not measured yet: of what Triton 3.6 compiles for sm_90, sm_80 and sm_86 without spills, or next to none, these are the
-tiles with the most products for each value they read.
+Measured on Hopper only. For other GPUs: of what Triton 3.6 compiles for sm_80 and sm_86 without spills, or next to none,
+those with the most products for each value they read.
 """
 
 from typing import NamedTuple
@@ -24,12 +24,16 @@ class Tile(NamedTuple):
 
 Table = dict[str, dict[int, Tile]]  # of a kernel, up to a width of head
 
-# 227 KiB of shared memory a processor, products by groups of four warps: Hopper. Registers a thread for D = 64, 128, 256:
-# forward 239, 203, 255; dq 171, 216, 232; dk and dv 201, 254, 255, where 40 bytes are spilled.
+# 227 KiB of shared memory a processor, products by groups of four warps: Hopper. The fastest on an H200, bf16, µs of
+# B16 T2048 and B2 T8192, 16 heads (in brackets the runner-up):
+#     D 128   forward 336 and 1075 (128 × 32, 4 warps: 363, 1198); dq 412 and 1307 (64 × 64, 4 warps: 412, 1399);
+#             dk and dv 574 and 1854 (64 × 64, 4 warps: 600, 2023)
+#     D 64    forward 299 (128 × 64, 4 warps: 302), dq 304 (64 × 128, 4 warps: 334), dk and dv 507 (32 × 128, 4 warps: 531)
+# At 256, not measured: those with the most products for each value read that spill next to nothing.
 LARGE: Table = {
-    "forward": {64: Tile(128, 128, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 64, 8, 2)},
-    "dq": {64: Tile(128, 64, 8, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
-    "dk_dv": {64: Tile(64, 128, 8, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2)},
+    "forward": {64: Tile(64, 64, 4, 3), 128: Tile(64, 64, 4, 3), 256: Tile(128, 64, 8, 2)},
+    "dq": {64: Tile(64, 64, 4, 3), 128: Tile(128, 64, 8, 3), 256: Tile(128, 32, 8, 2)},
+    "dk_dv": {64: Tile(64, 64, 4, 3), 128: Tile(64, 128, 8, 3), 256: Tile(32, 64, 8, 2)},
 }
 # 99 KiB, products by single warps: all others from Ampere on. For sm_80: forward 255, 255, 224; dq 197, 255, 176; dk and dv
 # 255, 220, 171.
@@ -55,6 +59,7 @@ WIDEST_HEAD = 256
 
 LARGE_BYTES = 200 * 1024
 L2_BYTES = 16 * 2**20  # what heads that are worked on at once may read; not measured yet
+LSE = 128  # lse has whole multiples of it: all tiles of queries divide it, so that none reads beyond
 DELTA = Tile(BT=16, BS=0, warps=4, stages=1)
 BOUNDS = 1024  # document ids at a time
 
