@@ -21,8 +21,8 @@ class Case:
     inputs          shape → keyword arguments of the op, on the default device
     flops, bytes    shape → floating-point operations of a forward pass, and values it must read and write at least
                     (times the size of an element: bytes)
-    backward        work of a backward pass as (flops, bytes), each a multiple of the forward pass; where that depends on
-                    the shape, a function of it
+    backward        work of a backward pass as (flops, bytes), each a multiple of the forward pass; or a function of
+                    the shape
     differentiable  inputs that get a gradient
     batched         inputs with one independent entry per index of their first dimension, as the outputs have
     fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
