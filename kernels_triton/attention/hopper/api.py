@@ -13,7 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # isort: skip
 )
 
 __all__ = [
-    "TensorDescriptor", "fence_async_shared", "gl", "gluon", "mbarrier", "new_barriers", "threads_meet", "tma_load",
+    "TensorDescriptor", "as_box", "fence_async_shared", "gl", "gluon", "mbarrier", "new_barriers", "threads_meet", "tma_load",
     "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
 ]
 
@@ -30,3 +30,18 @@ def new_barriers(n: gl.constexpr, arrivals: gl.constexpr):
     for i in gl.static_range(n):
         mbarrier.init(barriers.index(i), count=arrivals)
     return barriers
+
+
+if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # 3.9
+
+    @gluon.jit
+    def as_box(s, x):
+        """A tile in shared memory [rows, D] as the copy engine knows it: a box [1, rows, 1, D] of the descriptor x."""
+        return s.reinterpret(x.dtype, [1, s.shape[0], 1, s.shape[1]], x.layout)
+
+else:
+
+    @gluon.jit
+    def as_box(s, x):
+        """A tile in shared memory [rows, D] as the copy engine knows it: a box [1, rows, 1, D] of the descriptor x."""
+        return s._reinterpret(x.dtype, [1, s.shape[0], 1, s.shape[1]], x.layout)
