@@ -70,7 +70,8 @@ def load_engine(config: InferConfig) -> Engine:
         torch.set_num_threads(1)
     note(
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
-        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: {describe_ops(config.kernels)}"
+        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: "
+        f"{describe_ops(config.kernels, device.device, device.dtype)}"
     )
     return Engine(model, tokenizer)
 

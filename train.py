@@ -60,7 +60,8 @@ def main(run: RunConfig) -> None:
 
 def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> None:
     """The table of contents of a run."""
-    print_main(f"run: {directory.path} on {device.describe()}; kernels: {describe_ops(run.kernels)}")
+    kernels = describe_ops(run.kernels, device.device, device.dtype)
+    print_main(f"run: {directory.path} on {device.describe()}; kernels: {kernels}")
     tokenizer, train_shards, val_shards = prepare_data(run.data, run.tokenizer, directory.start, device)
     model = new_model(run, tokenizer, ops, device)
     horizon = plan_horizon(run, model, device)

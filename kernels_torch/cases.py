@@ -26,6 +26,7 @@ class Case:
     differentiable  inputs that get a gradient
     batched         inputs with one independent entry per index of their first dimension, as the outputs have
     fp32            inputs that stay fp32 whatever the dtype (fp64 in an fp64 run)
+    prove           shapes that reach kernels which check[0] does not: `load_ops` runs these on a GPU, too
     huge            a shape with more elements in one tensor than 32 bits can count, where that makes sense
     part            (name, tensor, inputs) → what of an input, output or gradient makes up a small independent
                     part of the problem, where the reference in fp64 would not fit into memory whole; only benches ask
@@ -41,6 +42,7 @@ class Case:
     differentiable: tuple[str, ...] = ()
     batched: tuple[str, ...] = ()
     fp32: tuple[str, ...] = ()
+    prove: tuple[Shape, ...] = ()
     huge: Shape | None = None
     part: Callable[[str, Tensor, Shape], Tensor] | None = None
 
@@ -525,6 +527,7 @@ CASES = {
             differentiable=("q", "k", "v"),
             batched=("q", "k", "v"),
             part=attention_part,
+            prove=(dict(B=1, T=200, H=2, Hkv=1, D=128),),
             check=[
                 dict(B=2, T=17, H=4, Hkv=2, D=16),
                 dict(B=1, T=13, H=2, Hkv=2, D=8, window=4),

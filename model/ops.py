@@ -60,7 +60,7 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
     Raises KestrelError for a backend that does not exist, cannot run here, or lacks the op.
     """
     device = torch.device(device)
-    if "triton" in chosen_backends(config).values() and is_interpreted() and dtype == torch.bfloat16:
+    if any(map(is_triton, chosen_backends(config).values())) and is_interpreted() and dtype == torch.bfloat16:
         raise KestrelError(
             "Triton's interpreter is silently wrong in bfloat16: take hardware.dtype=float32, or kernels=torch"
         )
@@ -68,7 +68,7 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
     modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
     for op, backend in chosen.items():
-        if backend == "triton":
+        if is_triton(backend):
             prove(op, ops[op], device, dtype)
     return Ops(**ops)
 
@@ -79,14 +79,23 @@ def chosen_backends(config: KernelConfig) -> dict[str, str]:
     return {op: config.backend if word == SAME_AS_BACKEND else word for op, word in words.items()}
 
 
-def describe_ops(config: KernelConfig) -> str:
-    """What runs, for logs: "all torch", or "rmsnorm triton, others torch"."""
+def describe_ops(config: KernelConfig, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
+    """What runs, for logs: "all torch", or "rmsnorm triton, others torch", and of two kernels for an op which one."""
     chosen = chosen_backends(config)
     words = list(chosen.values())
     usual = max(dict.fromkeys(words), key=words.count)
     others = [f"{op} {backend}" for op, backend in chosen.items() if backend != usual]
     text = ", ".join([*others, f"others {usual}"]) if others else f"all {usual}"
-    return f"{text} (triton interpreted)" if "triton" in words and is_interpreted() else text
+    if any(map(is_triton, words)) and is_interpreted():
+        return f"{text} (triton interpreted)"
+    if chosen["attention"] == "triton" and device is not None:
+        text += f"; attention {import_module('kernels_triton.attention').describe(device, dtype)}"
+    return text
+
+
+def is_triton(backend: str) -> bool:
+    """kernels_triton, or a selection of its kernels."""
+    return backend.split("_")[0] == "triton"
 
 
 def load_backend(backend: str, device: torch.device) -> ModuleType:
@@ -94,7 +103,7 @@ def load_backend(backend: str, device: torch.device) -> ModuleType:
     existing = sorted(path.parent.name.removeprefix("kernels_") for path in ROOT.glob("kernels_*/__init__.py"))
     if backend not in existing:
         raise KestrelError(f"there is no backend kernels={backend}; choose from {', '.join(existing)}")
-    if backend == "triton":
+    if is_triton(backend):
         require_triton(device)
     return import_module(f"kernels_{backend}")
 
@@ -143,20 +152,21 @@ def prove(op: str, function: Callable, device: torch.device, dtype: torch.dtype 
     reference = getattr(import_module("kernels_torch"), op)
     case = import_module("kernels_torch.cases").CASES[op]
     remedy = f"take kernels.{op}=torch"
-    try:
-        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-            got, expected = (run_case(case, f, device, dtype) for f in (function, reference))
-    except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise KestrelError(f"the triton kernel of {op} does not run on {device} ({reason}): {remedy}") from error
-    for a, b in zip(got, expected, strict=True):
-        if a.shape != b.shape or not (a.double() - b.double()).norm() <= 0.05 * b.double().norm() + 1e-3:
-            raise KestrelError(f"the triton kernel of {op} gives wrong results on {device}: {remedy}")
+    for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]:
+        try:
+            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+                got, expected = (run_case(case, shape, f, device, dtype) for f in (function, reference))
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise KestrelError(f"the triton kernel of {op} does not run on {device} ({reason}): {remedy}") from error
+        for a, b in zip(got, expected, strict=True):
+            if a.shape != b.shape or not (a.double() - b.double()).norm() <= 0.05 * b.double().norm() + 1e-3:
+                raise KestrelError(f"the triton kernel of {op} gives wrong results on {device}: {remedy}")
 
 
-def run_case(case: object, function: Callable, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """Outputs and gradients of `function` on the case's first shape."""
-    inputs = case.make(case.check[0], dtype, device)
+def run_case(case: object, shape: dict, function: Callable, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+    """Outputs and gradients of `function` on one of the case's shapes."""
+    inputs = case.make(shape, dtype, device)
     leaves = [inputs[name].requires_grad_() for name in case.differentiable if inputs[name] is not None]
     with torch.enable_grad():
         out = function(**inputs)
