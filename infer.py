@@ -70,8 +70,7 @@ def load_engine(config: InferConfig) -> Engine:
         torch.set_num_threads(1)
     note(
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
-        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: "
-        f"{describe_ops(config.kernels, device.device, device.dtype)}"
+        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: {describe_ops(config.kernels)}"
     )
     return Engine(model, tokenizer)
 

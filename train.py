@@ -60,8 +60,7 @@ def main(run: RunConfig) -> None:
 
 def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> None:
     """The table of contents of a run."""
-    kernels = describe_ops(run.kernels, device.device, device.dtype)
-    print_main(f"run: {directory.path} on {device.describe()}; kernels: {kernels}")
+    print_main(f"run: {directory.path} on {device.describe()}; kernels: {describe_ops(run.kernels)}")
     tokenizer, train_shards, val_shards = prepare_data(run.data, run.tokenizer, directory.start, device)
     model = new_model(run, tokenizer, ops, device)
     horizon = plan_horizon(run, model, device)

@@ -86,11 +86,7 @@ def describe_ops(config: KernelConfig, device: torch.device | None = None, dtype
     usual = max(dict.fromkeys(words), key=words.count)
     others = [f"{op} {backend}" for op, backend in chosen.items() if backend != usual]
     text = ", ".join([*others, f"others {usual}"]) if others else f"all {usual}"
-    if any(map(is_triton, words)) and is_interpreted():
-        return f"{text} (triton interpreted)"
-    if chosen["attention"] == "triton" and device is not None:
-        text += f"; attention {import_module('kernels_triton.attention').describe(device, dtype)}"
-    return text
+    return f"{text} (triton interpreted)" if any(map(is_triton, words)) and is_interpreted() else text
 
 
 def is_triton(backend: str) -> bool:
