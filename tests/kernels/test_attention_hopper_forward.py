@@ -170,7 +170,7 @@ from kernels_triton.attention.hopper.api import gl
 
 D, masked = int(sys.argv[1]), sys.argv[2] == "masked"
 kernel, tile = forward._attention_fwd_kernel, forward.tile_for(D)
-constants = forward.options_of(tile, D)
+constants = forward.options_of(tile, D, 2048, 768 if masked else None)
 layout = gl.NVMMASharedLayout(min(128, 2 * D), 16, 4)
 boxes = dict.fromkeys(("q", "out"), tile.BT // constants["N"]) | dict.fromkeys(("k", "v"), tile.BS)
 signature = {name: f"tensordesc<bf16[1,{rows},1,{D}],{layout!r}>" for name, rows in boxes.items()}

@@ -7,8 +7,8 @@ memory. Two groups of four warps take 64 queries each and do the products, whose
     o += p_{j−1} v_{j−1}    right behind it, so that it runs while
     p_j, m, l    are made of s_j.
 
-While one group makes its p the other has the tensor cores: they take turns, each handing over once it has issued its two
-products. A ring's slot is full when the copy engine has brought all its bytes, and empty again when both groups say so.
+While one group makes its p the other has the tensor cores; where that is faster they take turns, each handing over once it
+has issued its two products. A ring's slot is full when the copy engine has brought all its bytes, and empty again when both groups say so.
 
 Programs take tiles of queries in an order fixed by the shapes, the longest first and back and forth (0 … n − 1, n − 1 … 0), so
 that each gets as much work as the others within a percent. Nothing depends on who is faster; no two write the same value.
@@ -33,19 +33,22 @@ from kernels_triton.attention.hopper.api import (  # isort: skip
 
 class Tile(NamedTuple):
     """BT queries, half of them for each group, by BS keys at a time, `stages` tiles of keys and as many of values on their
-    way. `turns`: whether the groups take turns."""
+    way. The groups take turns with a window, and without one up to so many keys; beyond, each goes its own pace."""
 
     BT: int
     BS: int
     stages: int
-    turns: bool
+    turns_up_to: int
 
 
-# Up to a width of head. TFLOP/s on an H200, bf16, and in brackets cuDNN's in the same turns:
+# Up to a width of head. TFLOP/s on an H200, bf16, in turns / each at its own pace, and in brackets cuDNN's in the same run
+# (its clock differs by 15 % from one run to the next). Between 2048 and 8192 keys was not measured.
 TILES = {
-    64: Tile(BT=128, BS=128, stages=3, turns=False),   # B32 T2048 H12: 376 (395); in turns 372
-    128: Tile(BT=128, BS=128, stages=2, turns=True),   # B32 T2048 H6: 548 (527), window 768: 441; without turns 544, 421
-                                                       # B4 T8192 H16: 599 (545), window 2048: 512; without turns 606, 508
+    64: Tile(BT=128, BS=128, stages=3, turns_up_to=0),      # B32 T2048 H12: 372 / 376 (395)
+    128: Tile(BT=128, BS=128, stages=2, turns_up_to=4096),  # B32 T2048 H6: 548 / 544 (527), window 768: 441 / 421
+                                                            # B16 T2048 H16: 551 / 547 (535)
+                                                            # B4 T8192 H16: 599 / 606 (545), window 2048: 512 / 508
+                                                            # B4 T8192 H16 on 4 heads of keys: 622 / 634 (622)
 }
 WIDEST_HEAD = 128
 GROUPS = 2
@@ -159,7 +162,7 @@ def _step(
     b_s = warpgroup_mma_wait(1, deps=[b_s])
     b_p, b_max, b_r = _softmax(i_s, b_s, b_m, C, o_p, b_id, p_ids, stride_it, Tk, window, BS, MASKED)
     b_l = b_l * b_r + gl.sum(b_p, 1)                                                                    # [BQ]
-    # Long since over. A branch that ptxas moves no instruction across: else it awaits b_o before the softmax.
+    # Long since over: a branch, across which ptxas moves no instruction. Without it b_o is awaited before the softmax.
     mbarrier.wait(v_full.index(before), lap)
     b_o, b_a = warpgroup_mma_wait(0, deps=[b_o, b_a])
     mbarrier.arrive(v_empty.index(before), count=1)
@@ -315,9 +318,10 @@ def tile_for(D: int) -> Tile:
     raise AssertionError(f"heads of {D} ought to have gone elsewhere")
 
 
-def options_of(tile: Tile, BD: int) -> dict[str, int | bool]:
+def options_of(tile: Tile, BD: int, Tk: int, window: int | None) -> dict[str, int | bool]:
     """What the kernel is compiled for, heads of BD ≥ D values."""
-    return dict(BT=tile.BT, BS=tile.BS, BD=BD, N=GROUPS, STAGES=tile.stages, TURNS=tile.turns, REGISTERS=REGISTERS)
+    turns = Tk <= tile.turns_up_to or (window is not None and tile.turns_up_to > 0)
+    return dict(BT=tile.BT, BS=tile.BS, BD=BD, N=GROUPS, STAGES=tile.stages, TURNS=turns, REGISTERS=REGISTERS)
 
 
 def heads_at_once(n_heads: int, n_programs: int) -> int:
@@ -409,7 +413,7 @@ def forward(
     rows = tile.BT // GROUPS
     boxes = dict(q=box(q, rows, BD), k=box(k, tile.BS, BD), v=box(v, tile.BS, BD), out=box(out, rows, BD))
     launch_with_boxes(
-        n_programs, q.device, options_of(tile, BD), boxes, lse=lse, C=max(scale * math.log2(math.e), 1e-30),  # 0 would make NaN of -inf
+        n_programs, q.device, options_of(tile, BD, Tk, window), boxes, lse=lse, C=max(scale * math.log2(math.e), 1e-30),  # 0 would make NaN of -inf
         Tq=Tq, Tp=lse.shape[2], Tk=Tk, n_items=n_items, n_heads=B * H, n_together=heads_at_once(B * H, n_programs),
         window=window, H=H, GROUP=H // Hkv, **document_bounds(doc_ids, tile.BT),
     )
