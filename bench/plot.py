@@ -1,9 +1,10 @@
 """Draw a bench: `python -m bench.plot rmsnorm` turns bench/results/rmsnorm.csv into bench/figures/rmsnorm.png.
 
 One group of bars per shape, one bar per candidate, the directions above each other: how much of its floor's speed each
-candidate reaches. The floor is every input read once and every output written once at the machine's copy bandwidth, or
-for an op bound by matrix products those products alone. The line is a copy of just as many bytes. Tiles that lost a
-search stay in the CSV and out of the picture. Without a name every CSV of an op is drawn.
+candidate reaches, or for attention, whose floor is the arithmetic, TFLOP/s. The floor is every input read once and every
+output written once at the machine's copy bandwidth, or for an op bound by matrix products those products alone. The line
+is a copy of just as many bytes. Of the loss, whose gradients some make in forward, both directions are drawn as one.
+Tiles that lost a search stay in the CSV and out of the picture. Without a name every CSV of an op is drawn.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from matplotlib.axes import Axes
 from bench.kernels import COPY, PRODUCTS, RESULTS
 from kernels_torch.cases import CASES
 
+BY_ARITHMETIC = {"attention"}
+TOGETHER = {"linear_cross_entropy"}
 FIGURES = Path(__file__).parent / "figures"
 COLOURS = {
     "torch": "#9aa5b1",
@@ -34,12 +37,13 @@ COLOURS = {
 
 
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    directions = list(dict.fromkeys(row["direction"] for row in rows))
+    directions = ["both"] if rows[0]["op"] in TOGETHER else list(dict.fromkeys(row["direction"] for row in rows))
     figure, axes = plt.subplots(len(directions), 1, figsize=(11, 3.4 * len(directions)), sharex=True, squeeze=False)
     for axis, direction in zip(axes[:, 0], directions, strict=True):
         draw_direction(axis, [row for row in rows if row["direction"] == direction])
-        axis.set_ylabel(f"{direction}: share of floor's speed", fontsize=8)
-    axes[0, 0].legend(ncol=5, loc="upper center", bbox_to_anchor=(0.5, 1.16), frameon=False)
+        unit = "TFLOP/s" if rows[0]["op"] in BY_ARITHMETIC else "share of floor's speed"
+        axis.set_ylabel(f"{direction}: {unit}", fontsize=8)
+    axes[0, 0].legend(ncol=7, loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
     card = rows[0]
     figure.text(
         0.99, 0.005, f"{card['device']}, copy {float(card['copy_gbps']) / 1e3:.2f} TB/s, {card['dtype']}, "
@@ -52,8 +56,10 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
 
 def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:
     shapes = list(dict.fromkeys(row["shape"] for row in rows))
-    share = {(row["shape"], row["candidate"]): float(row.get("share_of_floor") or row["share_of_copy"]) for row in rows}
-    by_copy = all(row["candidate"] != PRODUCTS for row in rows)
+    by_arithmetic = rows[0]["op"] in BY_ARITHMETIC
+    key = "tflops" if by_arithmetic else "share_of_floor"
+    share = {(row["shape"], row["candidate"]): float(row[key]) for row in rows}
+    by_copy = not by_arithmetic and all(row["candidate"] != PRODUCTS for row in rows)
     present = [name for name in COLOURS if any(row["candidate"] == name for row in rows)]
     width = 0.8 / len(present)
     for i, name in enumerate(present):
@@ -66,12 +72,13 @@ def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:
     for j, shape in enumerate(shapes):
         if by_copy and (shape, COPY) in share:
             axis.hlines(share[shape, COPY], j - 0.45, j + 0.45, color="black", lw=1, label=COPY if j == 0 else None)
-    axis.set_xticks(range(len(shapes)), [in_lines(shape) for shape in shapes], fontsize=6)
-    axis.set_ylim(0, 1.1)
+    axis.set_xticks(range(len(shapes)), [in_lines(shape, 150 // len(shapes)) for shape in shapes], fontsize=6)
+    if not by_arithmetic:
+        axis.set_ylim(0, 1.1)
     axis.grid(axis="y", lw=0.3)
 
 
-def in_lines(shape: str, width: int = 22) -> str:
+def in_lines(shape: str, width: int) -> str:
     """Dimensions and options, as many to a line as fit under a group of bars."""
     return "\n".join(textwrap.wrap(shape, width))
 
