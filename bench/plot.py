@@ -1,10 +1,10 @@
 """Draw a bench: `python -m bench.plot rmsnorm` turns bench/results/rmsnorm.csv into bench/figures/rmsnorm.png.
 
 One group of bars per shape, one bar per candidate, the directions above each other: how much of its floor's speed each
-candidate reaches, or for attention, whose floor is the arithmetic, TFLOP/s. The floor is every input read once and every
-output written once at the machine's copy bandwidth, or for an op bound by matrix products those products alone. The line
-is a copy of just as many bytes. Of the loss, whose gradients some make in forward, both directions are drawn as one.
-Tiles that lost a search stay in the CSV and out of the picture. Without a name every CSV of an op is drawn.
+candidate reaches, or for attention, whose floor is the arithmetic, TFLOP/s. The floor is every input read once and
+every output written once at the machine's copy bandwidth, or for an op bound by matrix products those products alone.
+The line is a copy of just as many bytes. Of the loss, whose gradients some make in forward, both directions are drawn
+as one. Tiles that lost a search stay in the CSV and out of the picture. Without a name every CSV of an op is drawn.
 """
 
 import argparse
