@@ -637,6 +637,8 @@ CASES = {
                 dict(K=1, r=1, c=1),
                 dict(K=2, r=1, c=9),
                 dict(K=0, r=4, c=6),
+                dict(K=2, r=20, c=70),
+                dict(K=1, r=67, c=66),
             ],
             time=[dict(K=12, r=768, c=3072), dict(K=48, r=768, c=768), dict(K=20, r=1280, c=5120)],
         ),

@@ -10,6 +10,7 @@ from kernels_triton.gelu import gelu
 from kernels_triton.layer_norm import layer_norm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
+from kernels_triton.newton_schulz import newton_schulz
 from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from kernels_triton.rmsnorm import rmsnorm
 from kernels_triton.smear import smear
@@ -32,6 +33,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mix_rmsnorm",
+    "newton_schulz",
     "qk_norm_rope",
     "qk_norm_rope_append",
     "relu2_mlp",

@@ -5,9 +5,18 @@ import torch
 
 from kernels_torch import newton_schulz as module_function
 from kernels_torch.newton_schulz import POLAR_EXPRESS
+from tests.conftest import HAS_GPU
 from tests.kernels.test_contract import BACKENDS, MODULES
 
+needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 WITH_OP = [backend for backend in BACKENDS if "newton_schulz" in MODULES[backend].__all__]
+# The interpreter is silently wrong for bf16.
+WITH_DTYPE = [
+    (backend, dtype)
+    for backend in WITH_OP
+    for dtype in (torch.float32, torch.bfloat16)
+    if HAS_GPU or backend == "torch" or dtype != torch.bfloat16
+]
 SHAPES = [(3, 16, 16), (2, 24, 64), (2, 64, 24), (1, 1, 9), (1, 9, 1)]
 
 
@@ -30,8 +39,7 @@ def test_acts_on_singular_values_and_keeps_singular_vectors(backend, shape, devi
     torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("backend", WITH_OP)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), WITH_DTYPE)
 def test_singular_values_end_in_a_band_around_one(backend, dtype, device):
     """Whatever the scale of g: that of a tiny gradient and that of a large one."""
     for scale in (1e-3, 1.0, 1e4):
@@ -43,8 +51,7 @@ def test_singular_values_end_in_a_band_around_one(backend, dtype, device):
         assert s.max() < 1.25
 
 
-@pytest.mark.parametrize("backend", WITH_OP)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("backend", "dtype"), WITH_DTYPE)
 def test_a_matrix_of_zeros_stays_zero(backend, dtype, device):
     """And does not disturb its neighbours in the stack: an unused expert has no gradient."""
     g = torch.randn(3, 8, 12, device=device)
@@ -61,6 +68,89 @@ def test_tall_is_the_transpose_of_wide(backend, device):
     wide = MODULES[backend].newton_schulz(g, dtype=torch.float64)
     tall = MODULES[backend].newton_schulz(g.mT, dtype=torch.float64)
     torch.testing.assert_close(tall.mT, wide, rtol=1e-12, atol=1e-12)
+
+
+def errors(got, plain, g):
+    """RMS errors of both from the reference in fp64."""
+    exact = module_function(g.double(), dtype=torch.float64)
+    return [(x.double() - exact).square().mean().sqrt().item() for x in (got, plain)]
+
+
+def spectra(r, c):
+    """Gradients as they are: all singular values alike, falling as a power, few large ones, and hardly any at all."""
+    n = min(r, c)
+    U, V = (torch.linalg.qr(torch.randn(side, n, dtype=torch.float64))[0] for side in (r, c))
+    i = torch.arange(1, n + 1)
+    values = [i**0.0, i**-1.0, torch.where(i <= 3, 1.0, 1e-2), torch.where(i <= n // 4, 1.0, 0.0)]
+    return torch.stack([(U * s) @ V.mT for s in values])
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(18, 40), (40, 18), (70, 130)], ids=str)
+def test_steps_on_the_gram_matrix_give_what_steps_on_x_give(shape, device):
+    """In fp32 they lose a few bits, for every spectrum; without the restart they would lose all."""
+    from kernels_triton.newton_schulz import Stack, _newton_schulz_gram, sums_of_squares
+
+    g = spectra(*shape).float().to(device)
+    got = _newton_schulz_gram(Stack(g, torch.float32), g, sums_of_squares(g), torch.float32)
+    ours, theirs = errors(got, module_function(g, dtype=torch.float32), g)
+    assert ours <= 16 * theirs
+
+
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 12, 31), (1, 70, 66)], ids=str)
+def test_a_stack_of_another_dtype_is_divided_before_it_is_rounded(shape, device):
+    """1e6 does not fit fp16, and neither does what it is squared."""
+    g = 1e6 * torch.randn(shape, device=device)
+    got = MODULES["triton"].newton_schulz(g, dtype=torch.float16)
+    ours, theirs = errors(got, module_function(g, dtype=torch.float16), g)
+    assert got.isfinite().all()
+    assert ours <= 2 * theirs
+
+
+@needs_triton
+@pytest.mark.parametrize("n", [20, 70, 150])
+def test_symmetric_products_are_symmetric_to_the_last_bit(n, device):
+    from kernels_triton.newton_schulz import Stack
+
+    wide = torch.randn(2, n, 2 * n, device=device) / n
+    for x, tall in ((wide, False), (wide.mT.contiguous(), True)):
+        stack = Stack(x, torch.float32)
+        A = stack.symmetric(x, x)
+        S = stack.symmetric(A, A, A, 0)
+        assert torch.equal(A, A.mT)
+        assert torch.equal(S, S.mT)
+        torch.testing.assert_close(A, x.mT @ x if tall else x @ x.mT)
+
+
+@pytest.mark.gpu
+@needs_triton
+@pytest.mark.parametrize(
+    "shape", [(3, 520, 520), (2, 648, 1304), (2, 1304, 648), (1, 768, 3072), (2, 130, 390)], ids=str
+)
+def test_large_stacks_in_bf16_are_as_exact_as_plain_pytorch(shape, device):
+    """Those that go by TMA, with tiles at the edge, and one that cannot."""
+    g = torch.randn(shape, device=device).bfloat16()
+    newton_schulz = MODULES["triton"].newton_schulz
+    got = newton_schulz(g)
+    ours, theirs = errors(got, module_function(g), g)
+    assert ours <= 1.2 * theirs
+    assert torch.equal(got, newton_schulz(g)), "timing changes bits"
+    assert torch.equal(got[:1], newton_schulz(g[:1])), "neighbours change bits"
+
+
+@pytest.mark.gpu
+@needs_triton
+def test_symmetric_products_by_tma_are_symmetric_to_the_last_bit(device):
+    from kernels_triton.newton_schulz import Stack
+
+    for shape in ((2, 648, 1304), (2, 1304, 648)):
+        x = (torch.randn(shape, device=device) / 1000).bfloat16()
+        stack = Stack(x, torch.float16)
+        A = stack.symmetric(x, x)
+        S = stack.symmetric(A, A, A, 0)
+        assert torch.equal(A, A.mT)
+        assert torch.equal(S, S.mT)
 
 
 def test_the_default_is_bf16(device):
