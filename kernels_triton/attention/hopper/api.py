@@ -6,6 +6,7 @@ import Gluon from nowhere else.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin, ir
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from triton.experimental.gluon.language.nvidia.hopper import (  # isort: skip
@@ -13,8 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (  # isort: skip
 )
 
 __all__ = [
-    "TensorDescriptor", "as_box", "fence_async_shared", "gl", "gluon", "mbarrier", "new_barriers", "threads_meet", "tma_load",
-    "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+    "TensorDescriptor", "as_box", "fence_async_shared", "gl", "gluon", "mbarrier", "new_barriers", "threads_meet", "tma_add",
+    "tma_load", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
 ]
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # removed in 3.9
@@ -45,3 +46,14 @@ else:
     def as_box(s, x):
         """A tile in shared memory [rows, D] as the copy engine knows it: a box [1, rows, 1, D] of the descriptor x."""
         return s._reinterpret(x.dtype, [1, s.shape[0], 1, s.shape[1]], x.layout)
+
+
+if hasattr(tma, "async_atomic_add"):  # 3.9
+    tma_add = tma.async_atomic_add
+else:
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """Have the copy engine add a tile in shared memory to the one at coord: 3.6 can, but has no name for it."""
+        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
