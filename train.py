@@ -159,7 +159,7 @@ def new_optimizer(run: RunConfig, model: LanguageModel, horizon: Horizon, ops: O
         lr_scale=horizon.lr_scale,
         weight_decay=horizon.weight_decay,
     )
-    return MuonAdamW(groups, ops.newton_schulz, compute_dtype=device.dtype)
+    return MuonAdamW(groups, ops, compute_dtype=device.dtype)
 
 
 def restore(start: Path | None, model: LanguageModel, optimizer: MuonAdamW, device: Device) -> TrainState:

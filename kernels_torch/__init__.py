@@ -3,6 +3,7 @@
 A backend is a folder `kernels_<name>` that exports functions under these names with these signatures.
 """
 
+from kernels_torch.adamw import adamw_update
 from kernels_torch.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_torch.attention import attention
 from kernels_torch.attention_decode import attention_decode, attention_decode_paged
@@ -11,6 +12,7 @@ from kernels_torch.gelu import gelu
 from kernels_torch.layer_norm import layer_norm
 from kernels_torch.linear_cross_entropy import linear_cross_entropy
 from kernels_torch.mlp import relu2_mlp, swiglu_mlp
+from kernels_torch.muon import muon_momentum, muon_update
 from kernels_torch.newton_schulz import newton_schulz
 from kernels_torch.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from kernels_torch.rmsnorm import rmsnorm
@@ -20,6 +22,7 @@ from kernels_torch.top_k import top_k
 from kernels_torch.value_embedding import value_embedding
 
 __all__ = [
+    "adamw_update",
     "add_rmsnorm",
     "attention",
     "attention_decode",
@@ -29,6 +32,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mix_rmsnorm",
+    "muon_momentum",
+    "muon_update",
     "newton_schulz",
     "qk_norm_rope",
     "qk_norm_rope_append",

@@ -11,6 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, rand, randint, randn
 
+from kernels_torch.adamw import AdamWRates
+from kernels_torch.muon import variance_shape
+
 Shape = dict[str, Any]
 
 
@@ -233,6 +236,23 @@ def relu2_mlp_inputs(N: int, D: int, F: int) -> Shape:
 
 def swiglu_mlp_inputs(N: int, D: int, F: int) -> Shape:
     return dict(relu2_mlp_inputs(N, D, F), w_gate=randn(F, D) / D**0.5)
+
+
+def muon_momentum_inputs(K: int, r: int, c: int, equilibrate: bool = True) -> Shape:
+    grads, momentum = randn(K, r, c), randn(K, r, c)
+    return dict(grads=grads, momentum=momentum, mu=0.9, equilibrate=equilibrate, dtype=torch.float32)
+
+
+def muon_update_inputs(K: int, r: int, c: int, snap: bool = True) -> Shape:
+    second_moment = rand(K, *variance_shape(r, c))
+    return dict(
+        params=randn(K, r, c), x=randn(K, r, c), second_moment=second_moment, lr=0.1, weight_decay=0.3, snap=snap
+    )
+
+
+def adamw_update_inputs(N: int, D: int, step: int = 3) -> Shape:
+    rates = AdamWRates(lr=0.1, step=step, beta1=0.8, beta2=0.95, eps=1e-3, weight_decay=0.1)
+    return dict(params=randn(N, D), grads=randn(N, D), exp_avg=randn(N, D), exp_avg_sq=rand(N, D), rates=rates)
 
 
 def visible_pairs(T: int, Tk: int | None = None, window: int | None = None) -> int:
@@ -623,6 +643,54 @@ CASES = {
                 dict(N=0, D=4, V=6),
             ],
             time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
+        ),
+        Case(
+            "muon_momentum",
+            inputs=muon_momentum_inputs,
+            flops=lambda K, r, c, **_: 8 * K * r * c,
+            bytes=lambda K, r, c, **_: 4 * K * r * c,
+            batched=("grads", "momentum"),
+            fp32=("momentum",),
+            check=[
+                dict(K=2, r=7, c=31),
+                dict(K=3, r=12, c=5, equilibrate=False),
+                dict(K=1, r=1, c=1),
+                dict(K=2, r=9, c=1),
+                dict(K=2, r=3, c=9000),
+                dict(K=0, r=4, c=6),
+            ],
+            time=[dict(K=12, r=768, c=3072), dict(K=80, r=1280, c=1280)],
+        ),
+        Case(
+            "muon_update",
+            inputs=muon_update_inputs,
+            flops=lambda K, r, c, **_: 10 * K * r * c,
+            bytes=lambda K, r, c, **_: 3 * K * r * c,
+            batched=("params", "x", "second_moment"),
+            fp32=("second_moment",),
+            check=[
+                dict(K=2, r=7, c=31),
+                dict(K=3, r=12, c=5, snap=False),
+                dict(K=2, r=30, c=30),
+                dict(K=1, r=300, c=601),
+                dict(K=2, r=1, c=9),
+                dict(K=0, r=4, c=6),
+            ],
+            time=[dict(K=12, r=768, c=3072), dict(K=12, r=3072, c=768), dict(K=80, r=1280, c=1280)],
+        ),
+        Case(
+            "adamw_update",
+            inputs=adamw_update_inputs,
+            flops=lambda N, D, **_: 14 * N * D,
+            bytes=lambda N, D, **_: 7 * N * D,
+            fp32=("exp_avg", "exp_avg_sq"),
+            check=[
+                dict(N=7, D=31),
+                dict(N=3, D=1, step=1),
+                dict(N=130, D=67, step=1000),
+                dict(N=0, D=5),
+            ],
+            time=[dict(N=32768, D=768), dict(N=32768, D=1280)],
         ),
         Case(
             "newton_schulz",

@@ -2,6 +2,7 @@
 
 import triton
 
+from kernels_triton.adamw import adamw_update
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_triton.attention import attention
 from kernels_triton.attention_decode import attention_decode, attention_decode_paged
@@ -10,6 +11,7 @@ from kernels_triton.gelu import gelu
 from kernels_triton.layer_norm import layer_norm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
+from kernels_triton.muon import muon_momentum, muon_update
 from kernels_triton.newton_schulz import newton_schulz
 from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
 from kernels_triton.rmsnorm import rmsnorm
@@ -24,6 +26,7 @@ if triton.knobs.runtime.interpret:
     interpreter.mend()
 
 __all__ = [
+    "adamw_update",
     "add_rmsnorm",
     "attention",
     "attention_decode",
@@ -33,6 +36,8 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "mix_rmsnorm",
+    "muon_momentum",
+    "muon_update",
     "newton_schulz",
     "qk_norm_rope",
     "qk_norm_rope_append",

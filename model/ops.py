@@ -22,7 +22,7 @@ from errors import KestrelError
 
 @dataclass(frozen=True)
 class Ops:
-    """The hot operations the models are written in. `kernels_torch` says what each one means.
+    """The hot operations the models and their optimizer are written in. `kernels_torch` says what each one means.
 
     A backend may have more (layer_norm, gelu, softmax, top_k): an op gets a field here when a model runs it.
     """
@@ -40,7 +40,10 @@ class Ops:
     relu2_mlp: Callable
     swiglu_mlp: Callable
     linear_cross_entropy: Callable
+    muon_momentum: Callable
     newton_schulz: Callable
+    muon_update: Callable
+    adamw_update: Callable
 
 
 OP_NAMES = [f.name for f in fields(Ops)]

@@ -7,7 +7,7 @@ There is no DistributedDataParallel: every rank holds all parameters and the gra
     3  wait for every group's updated rows and copy them back
 
 which is ZeRO-2's memory for the price of an all-reduce. One process is the same code: it owns all rows and what it
-would send is returned to it (optim/sharding.py). Clipping and fp16 must know the norm of all gradients before the first
+would send is returned to it (optim/sharding.py); gradients and parameters stay where they are. Clipping and fp16 must know the norm of all gradients before the first
 parameter moves; only then do all waits come before the first update.
 
 Arithmetic and state are fp32 whatever a parameter is stored in: in bf16 a moving average with 1 − β₂ = 0.005 stalls at
@@ -15,21 +15,29 @@ Arithmetic and state are fp32 whatever a parameter is stored in: in bf16 a movin
 on two ranks and loaded on one or three.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from errors import KestrelError
-from optim import orthogonalise
 from optim.sharding import Ranks
 
 # Fewer numbers than this are cheaper to average everywhere than to hand out.
 REPLICATED_BELOW = 1024
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+class UpdateOps(Protocol):
+    """The operations a step is made of; `kernels_torch` says what each means."""
+
+    muon_momentum: Callable
+    newton_schulz: Callable
+    muon_update: Callable
+    adamw_update: Callable
 
 
 @dataclass
@@ -44,25 +52,36 @@ class MuonAdamW:
     def __init__(
         self,
         groups: list[dict],
-        newton_schulz: Callable[..., Tensor],
+        ops: UpdateOps,
         *,
         compute_dtype: torch.dtype = torch.float32,
         process_group: "torch.distributed.ProcessGroup | None" = None,
+        copies: Mapping[str, Tensor] | None = None,
     ) -> None:
         """
         groups          from parameter_groups
-        newton_schulz   the op: (stack [K, r, c], dtype=…) → stack, orthogonalised
+        ops             what a step is made of
         compute_dtype   the model's; Muon iterates in bf16 only if it is bf16, else in fp32
         process_group   None: all ranks, if torch.distributed is initialised
+        copies          tensors by name of parameter, to be kept equal to it in another dtype
         """
         self.ranks = Ranks(process_group)
         muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
+        adamw = [group for group in groups if group["kind"] == "adamw"]
+        muon = [group for group in groups if group["kind"] == "muon"]
+        # Alone, one launch updates all; with others, each group's communication hides behind the next one's update.
+        adamw = [adamw] if self.ranks.size == 1 and adamw else [[group] for group in adamw]
+        copies = copies or {}
         self.groups = [
-            MuonGroup(group, self.ranks, newton_schulz, muon_dtype)
-            if group["kind"] == "muon"
-            else AdamWGroup(group, self.ranks)
-            for group in groups
+            *(AdamWGroup(together, self.ranks, ops, copies) for together in adamw),
+            *(MuonGroup(group, self.ranks, ops, copies, muon_dtype) for group in muon),
         ]
+        device = self.groups[0].device
+        rates = torch.zeros(len(groups), 6, dtype=torch.float64, device=device) if device.type == "cuda" else None
+        self.rates = rates
+        unused = iter(range(len(groups)))
+        for group in self.groups:
+            group.place_rates([next(unused) for _ in range(group.n_rates)], rates)
         self.steps = 0
 
     @torch.no_grad()
@@ -84,6 +103,21 @@ class MuonAdamW:
                            None: not scaled, not looked at, no wait for the device
         grad_clip          largest norm of all gradients together; 0: no clipping
         """
+        self.set_rates(lr_mult, momentum, weight_decay_mult)
+        result = self.update(inv_scale=inv_scale, grad_clip=grad_clip)
+        self.steps += not result.skipped
+        return result
+
+    def set_rates(self, lr_mult: float, momentum: float, weight_decay_mult: float) -> None:
+        """What changes from step to step, for the step after `steps`. On a GPU it lies on the device, where kernels
+        read it: a CUDA graph of `update` is replayed after set_rates, and `steps` counted up by hand."""
+        rows = [row for g in self.groups for row in g.set_rates(lr_mult, momentum, weight_decay_mult, self.steps + 1)]
+        if self.rates is not None:
+            self.rates.copy_(torch.tensor(rows, dtype=torch.float64, pin_memory=True), non_blocking=True)
+
+    @torch.no_grad()
+    def update(self, *, inv_scale: float | None = None, grad_clip: float = 0.0) -> StepResult:
+        """One update at the rates that were set. Without inv_scale the host waits for nothing."""
         for group in self.groups:
             group.start_reduce()
         grad_norm = None
@@ -93,10 +127,9 @@ class MuonAdamW:
                 return StepResult(grad_norm, skipped=True)
             for group in self.groups:
                 group.scale_gradients(factor)
-        self.steps += 1
         for group in self.groups:
             group.wait_reduce()
-            group.update(lr_mult, momentum, weight_decay_mult)
+            group.update()
             group.start_gather()
         for group in self.groups:
             group.wait_gather()
@@ -106,12 +139,14 @@ class MuonAdamW:
         """Norm of the unscaled gradients, and what to multiply the scaled ones with: min(1, clip / norm) / scale."""
         for group in self.groups:
             group.wait_reduce()
+            group.measure_gradients()
         norm = self._grad_norm() * inv_scale
         clip = (grad_clip / (norm + 1e-6)).clamp(max=1.0) if grad_clip > 0 else torch.ones_like(norm)
         return norm, clip * inv_scale
 
     def _grad_norm(self) -> Tensor:
-        """Norm of the averaged gradients over all groups and ranks; the squares were summed when they arrived."""
+        """Norm of the averaged gradients over all groups and ranks; what is clipped is measured before, else the
+        updates add up the squares of what they read."""
         return self.ranks.sum(torch.stack([group.squared_norm for group in self.groups]).sum()).sqrt()
 
     def zero_grad(self) -> None:
@@ -145,7 +180,7 @@ class MuonAdamW:
         check_state(tensors, self.state_spec())
         self.steps = int(tensors["step"])
         for group in self.groups:
-            group.load_state(tensors, self.steps)
+            group.load_state(tensors)
 
 
 def check_state(tensors: dict[str, Tensor], spec: Spec) -> None:
@@ -168,13 +203,16 @@ def check_state(tensors: dict[str, Tensor], spec: Spec) -> None:
 class Group:
     """Parameters of one rule. Subclasses say which rows a rank owns, how they move and what they remember."""
 
-    def __init__(self, group: dict, ranks: Ranks) -> None:
-        assert len(group["params"]) == len(group["names"]) > 0, group
-        self.names, self.params, self.ranks = group["names"], group["params"], ranks
-        self.lr, self.weight_decay = group["lr"], group["weight_decay"]
-        self.device = self.params[0].device
+    n_rates = 1
+
+    def __init__(self, groups: list[dict], ranks: Ranks, ops: UpdateOps, copies: Mapping[str, Tensor]) -> None:
+        self.names = [name for group in groups for name in group["names"]]
+        self.params = [p for group in groups for p in group["params"]]
+        assert len(self.params) == len(self.names) > 0, groups
+        self.ranks, self.ops, self.device = ranks, ops, self.params[0].device
+        self.copies = [copies.get(name) for name in self.names]
         self.arrived: Callable[[], list[Tensor]] | None = None  # waits for the averaged gradients
-        self.grads: list[Tensor] = []  # of the owned rows, averaged, fp32
+        self.grads: list[Tensor] = []  # of the owned rows, averaged
         self.squared_norm = torch.zeros((), device=self.device)  # this rank's part of it
 
     def local_gradients(self) -> list[Tensor]:
@@ -184,42 +222,68 @@ class Group:
 
     def wait_reduce(self) -> None:
         if self.arrived is not None:
-            self.grads = [g.float() for g in self.arrived()]
-            self.arrived = None
-            self.squared_norm = squared_norm(self.counted_gradients(), self.device)
+            self.grads, self.arrived = list(self.arrived()), None
+
+    def measure_gradients(self) -> None:
+        self.squared_norm = squared_norm(self.counted_gradients(), self.device)
 
     def counted_gradients(self) -> list[Tensor]:
         """The gradients that this rank adds to the norm over all ranks."""
         return self.grads
 
     def scale_gradients(self, factor: Tensor) -> None:
+        self.grads = [g.float() for g in self.grads]
         if self.grads:
             torch._foreach_mul_(self.grads, factor)
+
+    def copy_parameters(self) -> None:
+        """Bring the copies up to date where no update could write them: it had not all rows."""
+        pairs = [(copy, p) for copy, p in zip(self.copies, self.params) if copy is not None]
+        if pairs:
+            torch._foreach_copy_([copy for copy, _ in pairs], [p.detach() for _, p in pairs])
 
 
 def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Σ x² over all tensors; a rank that owns no rows has none."""
-    tensors = [x for x in tensors if x.numel() > 0]
+    tensors = [x.float() for x in tensors if x.numel() > 0]
     return torch.stack(torch._foreach_norm(tensors)).square().sum() if tensors else torch.zeros((), device=device)
 
 
+class Rates(NamedTuple):
+    """What an operation needs to know of one step of AdamW: see kernels_torch.adamw."""
+
+    lr: float
+    step: int
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    on_device: Tensor | None = None
+
+
 class AdamWGroup(Group):
-    """AdamW with bias correction, t = 1, 2, …:
+    """AdamW with bias correction on the parameters of some groups: see kernels_torch.adamw.
 
-        p ← p (1 − η λ);   m ← β₁ m + (1 − β₁) g;   v ← β₂ v + (1 − β₂) g²
-        p ← p − η / (1 − β₁ᵗ) · m / (√(v / (1 − β₂ᵗ)) + ε)
-
-    done by PyTorch's fused kernel in one pass over memory. Parameters of 1024 numbers and more are shared out by rows;
-    smaller ones are averaged and updated on every rank.
+    Parameters of 1024 numbers and more are shared out by rows; smaller ones are averaged and updated on every rank.
     """
 
-    def __init__(self, group: dict, ranks: Ranks) -> None:
-        super().__init__(group, ranks)
-        self.betas, self.eps = group["betas"], group["eps"]
+    def __init__(self, groups: list[dict], ranks: Ranks, ops: UpdateOps, copies: Mapping[str, Tensor]) -> None:
+        super().__init__(groups, ranks, ops, copies)
+        self.parts, self.n_rates = groups, len(groups)
+        self.part_of = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.shared = [p.numel() >= REPLICATED_BELOW for p in self.params]
         self.exp_avg = [torch.zeros_like(p, dtype=torch.float32) for p in self.owned_rows()]
         self.exp_avg_sq = [torch.zeros_like(p, dtype=torch.float32) for p in self.owned_rows()]
-        self.t = torch.zeros(len(self.params), device=self.device)  # PyTorch's kernel counts per parameter
+
+    def place_rates(self, rows: list[int], rates: Tensor | None) -> None:
+        self.on_device = [None if rates is None else rates[row] for row in rows]
+
+    def set_rates(self, lr_mult: float, momentum: float, weight_decay_mult: float, step: int) -> list[tuple]:
+        self.rates = [
+            Rates(group["lr"] * lr_mult, step, *group["betas"], group["eps"], group["weight_decay"], on_device)
+            for group, on_device in zip(self.parts, self.on_device)
+        ]
+        return [rates[:6] for rates in self.rates]
 
     def owned_rows(self) -> list[Tensor]:
         """Views of this rank's rows of every parameter."""
@@ -239,22 +303,23 @@ class AdamWGroup(Group):
 
         self.arrived = wait
 
-    def counted_gradients(self) -> list[Tensor]:
-        return [g for g, shared in zip(self.grads, self.shared) if shared or self.ranks.rank == 0]
+    def is_counted(self) -> list[bool]:
+        return [shared or self.ranks.rank == 0 for shared in self.shared]
 
-    def update(self, lr_mult: float, momentum: float, weight_decay_mult: float) -> None:
-        rows = self.owned_rows()
-        exact = [p.float() for p in rows]  # rows themselves where they are fp32
-        mine = [i for i, p in enumerate(rows) if p.numel() > 0]  # with many ranks some parameters have no row here
-        pick = lambda tensors: [tensors[i] for i in mine]
-        adamw(
-            pick(exact), pick(self.grads), pick(self.exp_avg), pick(self.exp_avg_sq), [], pick(self.t.unbind()),
-            fused=True, amsgrad=False, maximize=False, lr=self.lr * lr_mult, beta1=self.betas[0], beta2=self.betas[1],
-            weight_decay=self.weight_decay, eps=self.eps,
+    def counted_gradients(self) -> list[Tensor]:
+        return [g for g, counted in zip(self.grads, self.is_counted()) if counted]
+
+    def update(self) -> None:
+        *_, squares = self.ops.adamw_update(
+            self.owned_rows(), self.grads, self.exp_avg, self.exp_avg_sq, [self.rates[i] for i in self.part_of],
+            copies=self.copies if self.ranks.size == 1 and any(c is not None for c in self.copies) else None,
+            in_place=True,
         )  # fmt: skip
-        for p, x in zip(rows, exact):
-            if x is not p:
-                p.copy_(x)
+        counted = self.is_counted()
+        if not all(counted):
+            mine = [x for x, is_counted in zip(squares, counted) if is_counted]
+            squares = torch.stack(mine) if mine else squares.new_zeros(1)
+        self.squared_norm = squares.sum()
         self.grads = []
 
     def start_gather(self) -> None:
@@ -270,6 +335,8 @@ class AdamWGroup(Group):
             if whole is not rows:  # with one rank the rows are the parameter
                 p.copy_(whole)
         self.gathers = []
+        if self.ranks.size > 1:
+            self.copy_parameters()
 
     def state_spec(self) -> Spec:
         return {
@@ -283,8 +350,7 @@ class AdamWGroup(Group):
             for kind, tensor in (("exp_avg", self.exp_avg[i]), ("exp_avg_sq", self.exp_avg_sq[i])):
                 yield f"{name}.{kind}", self.ranks.gather_rows(tensor, len(p))() if self.shared[i] else tensor
 
-    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
-        self.t.fill_(steps)
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
         for i, name in enumerate(self.names):
             for kind, tensor in (("exp_avg", self.exp_avg[i]), ("exp_avg_sq", self.exp_avg_sq[i])):
                 whole = tensors[f"{name}.{kind}"]
@@ -292,58 +358,68 @@ class AdamWGroup(Group):
 
 
 class MuonGroup(Group):
-    """Muon on K matrices of one shape [r, c], stacked; a rank owns whole matrices.
+    """Muon on K matrices of one shape [r, c]: see kernels_torch.muon. A rank owns whole matrices.
 
-    M ← μ M + (1 − μ) G;   U ← (1 − μ) G + μ M                      momentum, Nesterov
-    X ← newton_schulz(equilibrate_rows(U));   X ← reduce_variance(snap_frobenius(X))
-    P ← P − η' X − η' λ P ⊙ [X ⊙ P ≥ 0],   η' = η √max(1, r/c)
+    U, M ← muon_momentum(G, M);   X ← newton_schulz(U);   P, S ← muon_update(P, X, S)
     """
 
-    def __init__(self, group: dict, ranks: Ranks, newton_schulz: Callable[..., Tensor], dtype: torch.dtype) -> None:
-        super().__init__(group, ranks)
-        self.newton_schulz, self.dtype, self.beta2 = newton_schulz, dtype, group["beta2"]
-        self.muon_eq, self.muon_plus = group["muon_eq"], group["muon_plus"]
-        self.rows, self.columns = self.params[0].shape
+    def __init__(
+        self, group: dict, ranks: Ranks, ops: UpdateOps, copies: Mapping[str, Tensor], dtype: torch.dtype
+    ) -> None:
+        super().__init__([group], ranks, ops, copies)
+        self.lr, self.weight_decay, self.beta2 = group["lr"], group["weight_decay"], group["beta2"]
+        self.muon_eq, self.muon_plus, self.dtype = group["muon_eq"], group["muon_plus"], dtype
+        r, c = self.params[0].shape
         self.mine = ranks.share(len(self.params))
         count = self.mine.stop - self.mine.start
-        self.momentum = torch.zeros(count, self.rows, self.columns, device=self.device)
-        self.second_moment = torch.zeros(
-            count, *orthogonalise.variance_shape(self.rows, self.columns), device=self.device
-        )
+        self.momentum = torch.zeros(count, r, c, device=self.device)
+        self.second_moment = torch.zeros(count, *((r, 1) if r >= c else (1, c)), device=self.device)
+
+    def place_rates(self, rows: list[int], rates: Tensor | None) -> None:
+        self.on_device = None if rates is None else rates[rows[0]]
+
+    def set_rates(self, lr_mult: float, momentum: float, weight_decay_mult: float, step: int) -> list[tuple]:
+        numbers = (self.lr * lr_mult, momentum, self.weight_decay * weight_decay_mult)
+        self.rates = numbers if self.on_device is None else tuple(self.on_device[i] for i in range(3))
+        return [(*numbers, 0.0, 0.0, 0.0)]
 
     def start_reduce(self) -> None:
-        average = self.ranks.average_rows(torch.stack(self.local_gradients()))
-        self.arrived = lambda: [average()]
+        grads = self.local_gradients()
+        if self.ranks.size == 1:
+            self.arrived = lambda: grads  # they may lie apart
+        else:
+            self.arrived = self.ranks.average_rows(torch.stack(grads))
 
-    def update(self, lr_mult: float, momentum: float, weight_decay_mult: float) -> None:
-        owned = self.params[self.mine]
-        (grad,), self.grads = self.grads, []
-        self.updated = grad.to(self.params[0].dtype)
+    def update(self) -> None:
+        self.squared_norm = torch.zeros((), device=self.device)
+        owned, grads, self.grads = [p.detach() for p in self.params[self.mine]], self.grads, []
         if not owned:
             return  # more ranks than matrices: nothing to do but take part in the gather
-        x = self.direction(grad, momentum)
-        p = torch.stack([p.detach() for p in owned]).float()
-        lr = self.lr * lr_mult * orthogonalise.shape_factor(self.rows, self.columns)
-        orthogonalise.descend_(p, x, lr, self.weight_decay * weight_decay_mult)
-        self.updated = p.to(owned[0].dtype)
-
-    def direction(self, grad: Tensor, momentum: float) -> Tensor:
-        """The update X [K, r, c] before learning rate and decay; advances momentum and variance."""
-        self.momentum.lerp_(grad, 1 - momentum)
-        u = grad.lerp_(self.momentum, momentum)
-        if self.muon_eq:
-            u = orthogonalise.equilibrate_rows(u)
-        x = self.newton_schulz(u, dtype=self.dtype).float()
-        if self.muon_plus:
-            x = orthogonalise.snap_frobenius(x)
-        return orthogonalise.reduce_variance(x, self.second_moment, self.beta2)
+        lr, mu, weight_decay = self.rates
+        u, _, squares = self.ops.muon_momentum(
+            grads, self.momentum, mu, equilibrate=self.muon_eq, dtype=self.dtype, in_place=True
+        )
+        self.squared_norm = squares.sum()
+        x = self.ops.newton_schulz(u, dtype=self.dtype)
+        copies = self.copies if self.ranks.size == 1 and all(c is not None for c in self.copies) else None
+        self.ops.muon_update(
+            owned, x, self.second_moment, lr, weight_decay, beta2=self.beta2, snap=self.muon_plus, copies=copies,
+            in_place=True,
+        )  # fmt: skip
 
     def start_gather(self) -> None:
-        self.gathered = self.ranks.gather_rows(self.updated, len(self.params))
+        self.gathered = None
+        if self.ranks.size > 1:
+            owned = [p.detach() for p in self.params[self.mine]]
+            rows = torch.stack(owned) if owned else self.params[0].detach().new_empty(0, *self.params[0].shape)
+            self.gathered = self.ranks.gather_rows(rows, len(self.params))
 
     def wait_gather(self) -> None:
-        torch._foreach_copy_(self.params, list(self.gathered().unbind()))
-        self.gathered = self.updated = None
+        if self.gathered is not None:
+            torch._foreach_copy_(self.params, list(self.gathered().unbind()))
+            self.gathered = None
+        if self.ranks.size > 1 or any(c is None for c in self.copies):
+            self.copy_parameters()
 
     def _state(self) -> list[tuple[str, Tensor]]:
         return [("momentum", self.momentum), ("second_moment", self.second_moment)]
@@ -361,7 +437,7 @@ class MuonGroup(Group):
             for name, x in zip(self.names, whole):
                 yield f"{name}.{kind}", x
 
-    def load_state(self, tensors: dict[str, Tensor], steps: int) -> None:
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
         for kind, tensor in self._state():
             for x, name in zip(tensor, self.names[self.mine]):
                 x.copy_(tensors[f"{name}.{kind}"])

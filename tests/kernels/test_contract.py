@@ -372,6 +372,21 @@ REFUSED = {
             "9 tokens needs as many rotary rows, got 5",
         ),
     ],
+    "muon_momentum": [
+        (half("momentum"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
+        (as_int("grads"), "int32"),
+        (lambda inputs: {"grads": inputs["grads"][0]}, r"\(7, 31\)"),
+    ],
+    "muon_update": [
+        (half("x"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
+        (half("second_moment"), r"\(2, 1, 31\) .*got \(2, 1, 15\)"),
+        (as_int("x"), "int32"),
+    ],
+    "adamw_update": [
+        (half("grads"), r"\(7, 31\) must have its shape, got .*\(7, 15\)"),
+        (as_int("grads"), "int32"),
+        (lambda inputs: {"grads": [inputs["grads"]] * 2}, "got 2, 1, 1 and 1 for 1"),
+    ],
     "newton_schulz": [(lambda inputs: {"g": inputs["g"][0]}, r"\(12, 12\)"), (as_int("g"), "int32")],
 }
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from kernels_torch.newton_schulz import newton_schulz
 from optim.groups import AdamWConfig, MuonAdamWConfig
 from optim.sharding import Ranks
 from tests.optim.toy import Toy, random_gradients, set_gradients, snapshot, toy_optimizer
@@ -49,7 +48,7 @@ def be_rank(rank, world_size, folder):
     out = {}
 
     for name, config in CONFIGS.items():
-        model, optimizer = toy_optimizer(newton_schulz, config=config)
+        model, optimizer = toy_optimizer(config=config)
         results = train(model, optimizer, mine, range(STEPS))
         state = optimizer.state_tensors()
         out[name] = {"parameters": snapshot(model), "norms": [r.grad_norm for r in results], "state": state}
@@ -58,12 +57,12 @@ def be_rank(rank, world_size, folder):
         loaded = Toy(seed=5)
         saved = torch.load(folder / f"single_{world_size}_{name}.pt")
         loaded.load_state_dict(saved["parameters"])
-        _, optimizer = toy_optimizer(newton_schulz, loaded, config)
+        _, optimizer = toy_optimizer(loaded, config)
         optimizer.load_state_tensors(saved["state"])
         train(loaded, optimizer, mine, range(STEPS, STEPS + 2))
         out[name]["continued"] = snapshot(loaded)
 
-    model, optimizer = toy_optimizer(newton_schulz, config=NO_DECAY)
+    model, optimizer = toy_optimizer(config=NO_DECAY)
     results = train(model, optimizer, mine, range(STEPS), grad_clip=CLIP)
     out["clipped"] = {"parameters": snapshot(model), "norms": [r.grad_norm for r in results]}
     out["skipping"] = skip_when_one_rank_overflows(mine, rank, world_size)
@@ -81,7 +80,7 @@ def local_state_numbers(optimizer):
 
 def skip_when_one_rank_overflows(gradients, rank, world_size):
     """Every parameter in turn overflows on the last rank only; each time all ranks must skip."""
-    model, optimizer = toy_optimizer(newton_schulz)
+    model, optimizer = toy_optimizer()
     train(model, optimizer, gradients, range(1), inv_scale=1.0)
     before, skipped = snapshot(model), []
     for name, _ in model.named_parameters():

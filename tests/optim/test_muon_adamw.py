@@ -1,11 +1,13 @@
 """The optimizer in one process: its two update rules, mixed precision, clipping, skipping, and its saved state."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 
+import kernels_torch
 from errors import KestrelError
-from kernels_torch.newton_schulz import newton_schulz
 from optim.groups import AdamWConfig, MuonAdamWConfig, parameter_groups
 from optim.muon_adamw import MuonAdamW
 from tests.numerics import assert_close
@@ -33,12 +35,12 @@ class Matrices(nn.Module):
 
 def muon(values, **changes):
     model = Matrices(*values)
-    return toy_optimizer(newton_schulz, model, MuonAdamWConfig(**changes))
+    return toy_optimizer(model, MuonAdamWConfig(**changes))
 
 
 def adamw_of(params, config):
     model = Matrices(*params)
-    return model, MuonAdamW(parameter_groups(model, config, n_embd=24), newton_schulz)
+    return model, MuonAdamW(parameter_groups(model, config, n_embd=24), kernels_torch)
 
 
 def take_step(model, optimizer, gradients, lr_mult=1.0, momentum=0.9, weight_decay_mult=1.0, **options):
@@ -83,7 +85,7 @@ def test_adamw_is_its_formula_with_eps_outside_the_corrected_root():
 def test_bf16_parameters_keep_moments_that_do_not_stall():
     model = Matrices(torch.zeros(2, 3, dtype=torch.bfloat16))
     config = AdamWConfig(lr=1e-3, beta2=0.995, weight_decay=0.0)
-    optimizer = MuonAdamW(parameter_groups(model, config, n_embd=24), newton_schulz)
+    optimizer = MuonAdamW(parameter_groups(model, config, n_embd=24), kernels_torch)
     for _ in range(1000):  # 1 − 0.995¹⁰⁰⁰ = 0.9933
         take_step(model, optimizer, [torch.ones(2, 3, dtype=torch.bfloat16)])
     state = optimizer.state_tensors()
@@ -176,13 +178,14 @@ def test_muon_iterates_in_bf16_only_if_the_model_computes_in_it(compute_dtype):
 
     def spy(g, *, dtype):
         seen.append((g.dtype, dtype))
-        return newton_schulz(g, dtype=dtype)
+        return kernels_torch.newton_schulz(g, dtype=dtype)
 
     model = Matrices(torch.randn(4, 4))
     groups = parameter_groups(model, MuonAdamWConfig(), n_embd=24)
-    take_step(model, MuonAdamW(groups, spy, compute_dtype=compute_dtype), [torch.randn(4, 4)])
+    ops = SimpleNamespace(**vars(kernels_torch) | {"newton_schulz": spy})
+    take_step(model, MuonAdamW(groups, ops, compute_dtype=compute_dtype), [torch.randn(4, 4)])
     expected = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
-    assert seen == [(torch.float32, expected)]
+    assert seen == [(expected, expected)]
 
 
 # What a step takes and returns
@@ -190,7 +193,7 @@ def test_muon_iterates_in_bf16_only_if_the_model_computes_in_it(compute_dtype):
 
 def test_multipliers_act_on_what_they_name():
     def run(**arguments):
-        model, optimizer = toy_optimizer(newton_schulz)
+        model, optimizer = toy_optimizer()
         for seed in range(2):
             take_step(model, optimizer, random_gradients(model, seed), **arguments)
         return snapshot(model)
@@ -204,7 +207,7 @@ def test_multipliers_act_on_what_they_name():
 
 
 def test_parameter_without_gradient_is_named():
-    model, optimizer = toy_optimizer(newton_schulz)
+    model, optimizer = toy_optimizer()
     set_gradients(model, random_gradients(model, 0))
     model.matrix_3.grad = None
     with pytest.raises(AssertionError, match="matrix_3 has no gradient"):
@@ -212,7 +215,7 @@ def test_parameter_without_gradient_is_named():
 
 
 def test_zero_grad_forgets_every_gradient():
-    model, optimizer = toy_optimizer(newton_schulz)
+    model, optimizer = toy_optimizer()
     set_gradients(model, random_gradients(model, 0))
     optimizer.zero_grad()
     assert all(p.grad is None for p in model.parameters())
@@ -220,7 +223,7 @@ def test_zero_grad_forgets_every_gradient():
 
 @pytest.mark.parametrize("grad_clip", [0.1, 1e6])
 def test_clipping_equals_torch(grad_clip):
-    (clipped, ours), (reference, theirs) = toy_optimizer(newton_schulz), toy_optimizer(newton_schulz)
+    (clipped, ours), (reference, theirs) = toy_optimizer(), toy_optimizer()
     for seed in range(3):
         gradients = random_gradients(clipped, seed)
         result = take_step(clipped, ours, gradients, grad_clip=grad_clip)
@@ -234,7 +237,7 @@ def test_clipping_equals_torch(grad_clip):
 
 
 def test_unscaling_by_a_power_of_two_changes_nothing():
-    (scaled, ours), (plain, theirs) = toy_optimizer(newton_schulz), toy_optimizer(newton_schulz)
+    (scaled, ours), (plain, theirs) = toy_optimizer(), toy_optimizer()
     gradients = random_gradients(plain, 0)
     a = take_step(scaled, ours, [g * 1024 for g in gradients], inv_scale=1 / 1024)
     b = take_step(plain, theirs, gradients)
@@ -246,7 +249,7 @@ def test_unscaling_by_a_power_of_two_changes_nothing():
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 @pytest.mark.parametrize("name", ["matrix_3", "embedding_0", "x0_lambda_0"])
 def test_skipped_step_leaves_no_trace(bad, name):
-    (model, optimizer), (twin, unharmed) = toy_optimizer(newton_schulz), toy_optimizer(newton_schulz)
+    (model, optimizer), (twin, unharmed) = toy_optimizer(), toy_optimizer()
     for seed in range(3):
         gradients = random_gradients(model, seed)
         assert not take_step(model, optimizer, gradients, inv_scale=1.0).skipped
@@ -266,7 +269,7 @@ def test_skipped_step_leaves_no_trace(bad, name):
 
 
 def test_state_is_fp32_whole_and_named_after_parameters():
-    model, optimizer = toy_optimizer(newton_schulz)
+    model, optimizer = toy_optimizer()
     take_step(model, optimizer, random_gradients(model, 0))
     state = optimizer.state_tensors()
     shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
@@ -281,14 +284,14 @@ def test_state_is_fp32_whole_and_named_after_parameters():
 
 @pytest.mark.parametrize("config", [MuonAdamWConfig(), AdamWConfig()], ids=lambda c: c.name)
 def test_resumed_optimizer_continues_bitwise(config):
-    straight, one = toy_optimizer(newton_schulz, config=config)
-    resumed, two = toy_optimizer(newton_schulz, config=config)
+    straight, one = toy_optimizer(config=config)
+    resumed, two = toy_optimizer(config=config)
     for seed in range(3):
         take_step(straight, one, random_gradients(straight, seed), momentum=0.85)
         take_step(resumed, two, random_gradients(resumed, seed), momentum=0.85)
     loaded = Toy(seed=1)
     loaded.load_state_dict(resumed.state_dict())
-    _, three = toy_optimizer(newton_schulz, loaded, config)
+    _, three = toy_optimizer(loaded, config)
     three.load_state_tensors(two.state_tensors())
     for seed in range(3, 6):
         take_step(straight, one, random_gradients(straight, seed))
@@ -299,7 +302,7 @@ def test_resumed_optimizer_continues_bitwise(config):
 
 
 def test_saved_state_does_not_change_with_later_steps():
-    model, optimizer = toy_optimizer(newton_schulz)
+    model, optimizer = toy_optimizer()
     take_step(model, optimizer, random_gradients(model, 0))
     state = optimizer.state_tensors()
     before = {name: tensor.clone() for name, tensor in state.items()}
@@ -308,7 +311,7 @@ def test_saved_state_does_not_change_with_later_steps():
 
 
 def test_state_of_another_model_is_refused():
-    _, optimizer = toy_optimizer(newton_schulz)
+    _, optimizer = toy_optimizer()
     good = optimizer.state_tensors()
     name = "matrix_0.momentum"
     cases = {
@@ -320,6 +323,6 @@ def test_state_of_another_model_is_refused():
     for message, state in cases.items():
         with pytest.raises(KestrelError, match=message):
             optimizer.load_state_tensors(state)
-    _, other = toy_optimizer(newton_schulz, config=AdamWConfig())
+    _, other = toy_optimizer(config=AdamWConfig())
     with pytest.raises(KestrelError, match="another model or optimizer"):
         other.load_state_tensors(good)

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from kernels_torch.newton_schulz import newton_schulz
 from optim.sharding import Ranks
 from tests.optim import rank_worker
 from tests.optim.rank_worker import CLIP, CONFIGS, NO_DECAY, STEPS, averaged_gradients, train
@@ -15,7 +14,7 @@ WORLD_SIZES = (2, 3)
 
 def alone(world_size, config=None, steps=range(STEPS), **options):
     """One process with the gradient that `world_size` ranks would average to."""
-    model, optimizer = toy_optimizer(newton_schulz, config=config)
+    model, optimizer = toy_optimizer(config=config)
     results = train(model, optimizer, lambda m, step: averaged_gradients(m, world_size, step), steps, **options)
     return model, optimizer, results
 
@@ -84,7 +83,7 @@ def test_state_of_ranks_continues_in_one_process(ranks, world_size, name):
     saved = ranks[world_size, 0][name]
     model = Toy(seed=5)
     model.load_state_dict(saved["parameters"])
-    _, optimizer = toy_optimizer(newton_schulz, model, CONFIGS[name])
+    _, optimizer = toy_optimizer(model, CONFIGS[name])
     optimizer.load_state_tensors(saved["state"])
     train(model, optimizer, lambda m, step: averaged_gradients(m, world_size, step), range(STEPS, STEPS + 2))
     assert_same(snapshot(model), snapshot(expected))
@@ -103,7 +102,7 @@ def test_only_small_parameters_have_their_state_on_every_rank(ranks, world_size,
 @each_world
 def test_clipping_uses_the_norm_over_all_shards(ranks, world_size):
     model, *_ = alone(world_size, NO_DECAY, grad_clip=CLIP)
-    reference, optimizer = toy_optimizer(newton_schulz, config=NO_DECAY)
+    reference, optimizer = toy_optimizer(config=NO_DECAY)
     norms = []
     for step in range(STEPS):
         for p, g in zip(reference.parameters(), averaged_gradients(reference, world_size, step)):

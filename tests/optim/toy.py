@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+import kernels_torch
 from optim.groups import MuonAdamWConfig, parameter_groups
 from optim.muon_adamw import MuonAdamW
 
@@ -31,11 +32,11 @@ class Toy(nn.Module):
         return {role: [getattr(self, f"{role}_{i}") for i in range(len(s))] for role, s in SHAPES.items()}
 
 
-def toy_optimizer(newton_schulz, model=None, config=None, **changes):
+def toy_optimizer(model=None, config=None, ops=kernels_torch, **changes):
     """(model, optimizer) of one step to the next: the same numbers for every caller."""
     model = model or Toy()
     groups = parameter_groups(model, config or MuonAdamWConfig(**changes), n_embd=24)
-    return model, MuonAdamW(groups, newton_schulz)
+    return model, MuonAdamW(groups, ops)
 
 
 def random_gradients(model, seed):
