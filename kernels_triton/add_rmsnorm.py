@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.add_rmsnorm import check_add_rmsnorm, check_mix_rmsnorm
 
@@ -27,6 +27,7 @@ from kernels_triton.launch import (  # isort: skip
     WIDEST_BLOCK, add_rmsnorm_fwd_tile, can_overlap, ceil_div, check_gpu, launch, mix_rmsnorm_bwd_tile,
     mix_rmsnorm_fwd_tile, n_programs,
 )
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.rmsnorm import _rmsnorm_bwd, _rmsnorm_fwd, kept_r
 from kernels_triton.rows import accumulated_in, count_rows, row_stride, sum_lines, with_rows
 
@@ -247,7 +248,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return y, s
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: FunctionCtx, dy: Tensor | None, ds: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
@@ -275,7 +276,7 @@ class _MixRMSNorm(torch.autograd.Function):
         return (y, s) if rows[0] is x else (y.view(x.shape), s.view(x.shape))
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None and ds is None:
             return (None,) * 6

@@ -18,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.embedding import check_embedding
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import Tile, block_of, ceil_div, check_gpu, launch
 from kernels_triton.rows import stride_of, values_side_by_side
 
@@ -230,7 +231,7 @@ class _Embedding(torch.autograd.Function):
         return _embedding_fwd(tokens.reshape(-1), table, dtype).view(*tokens.shape, table.shape[1])
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, d: Tensor) -> tuple[None, Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
         rows = values_side_by_side(d.reshape(tokens.numel(), 1, d.shape[-1]))

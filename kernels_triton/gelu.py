@@ -13,9 +13,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.checks import check_float
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import Tile, ceil_div, check_gpu, launch
 from kernels_triton.primitives import upcast
 from kernels_triton.rows import count_rows, row_stride, with_rows
@@ -109,7 +110,7 @@ class _GELU(torch.autograd.Function):
         return y if rows is x else y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> Tensor:
         (rows,) = ctx.saved_tensors
         dx = _gelu_bwd(rows, with_rows(dy))

@@ -18,13 +18,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.layer_norm import check_layer_norm
 
 from kernels_triton.launch import (  # isort: skip
     SUM_LINES, Tile, as_staged, can_overlap, ceil_div, check_gpu, launch, n_programs, resident_programs, tile_for,
 )
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.rows import accumulated_in, count_rows, row_stride, sum_of_lines, with_rows
 
 # Rows up to a width: values a thread, warps[, stages, programs that stay on a processor]. Not measured yet: the rows that
@@ -343,7 +344,7 @@ class _LayerNorm(torch.autograd.Function):
         return y if rows is x else y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         rows, w, mean, r = ctx.saved_tensors
         needs_dx, needs_dw, needs_db = ctx.needs_input_grad[:3]

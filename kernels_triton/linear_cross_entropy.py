@@ -31,10 +31,11 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_torch.linear_cross_entropy import check_linear_cross_entropy
+from kernels_triton.autograd import differentiable_once
 
 from kernels_triton.launch import (  # isort: skip
     Tile, ceil_div, check_gpu, is_hopper, launch, launch_with_descriptors, next_power_of_two,
@@ -367,7 +368,7 @@ class _PerToken(torch.autograd.Function):
         return loss_and_gradients(x, weight, targets, None, *options, False, False)[0]
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, targets = ctx.saved_tensors
         needs_dx, needs_dw = ctx.needs_input_grad[:2]
@@ -396,7 +397,7 @@ class _Reduced(torch.autograd.Function):
         return loss / count if mean else loss
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         scale, dx, dw, nll, count = ctx.saved_tensors
         needs_dx, needs_dw, _, needs_d_token_weights = ctx.needs_input_grad[:4]

@@ -23,9 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.mlp import check_mlp
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import ceil_div, check_gpu, launch, n_processors, next_power_of_two
 from kernels_triton.matmul import FORWARD, can_use_tma, matmul_relu2, matmul_relu2_grad, matmul_swiglu
 from kernels_triton.primitives import relu2, relu2_grad, silu, silu_grad, upcast
@@ -171,7 +172,7 @@ class _Relu2MLP(torch.autograd.Function):
         return torch.mm(a, w_down.t()).view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         rows, w_up, w_down, a = ctx.saved_tensors
         needs_x, needs_up, needs_down = ctx.needs_input_grad
@@ -203,7 +204,7 @@ class _SwiGluMLP(torch.autograd.Function):
         return torch.mm(h, w_down.t()).view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, w_gate, w_up, w_down, g, u = ctx.saved_tensors
         needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad

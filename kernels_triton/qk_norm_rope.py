@@ -30,9 +30,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.qk_norm_rope import check_qk_norm_rope, check_qk_norm_rope_append
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
 from kernels_triton.rows import values_side_by_side
 
@@ -362,7 +363,7 @@ class _QKNormRope(torch.autograd.Function):
         return _qk_norm_rope_fwd(q, k, cos, sin, start, eps, scale)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dzq: Tensor | None, dzk: Tensor | None) -> tuple[Tensor | None, ...]:
         q, k, cos, sin, starts = ctx.saved_tensors
         dzq = values_side_by_side(dzq) if ctx.needs_input_grad[0] and dzq is not None else None

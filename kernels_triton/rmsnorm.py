@@ -22,7 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.rmsnorm import check_rmsnorm
 
@@ -30,6 +30,7 @@ from kernels_triton.launch import (  # isort: skip
     WIDEST_BLOCK, Tile, as_staged, can_overlap, ceil_div, check_gpu, launch, n_programs, resident_programs,
     rmsnorm_bwd_tile, rmsnorm_fwd_tile,
 )
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.rows import accumulated_in, count_rows, row_stride, sum_lines, with_rows
 
 WIDE = Tile(BT=1, BD=4096, warps=8)       # columns at a time of a wide row; not measured yet
@@ -268,7 +269,7 @@ class _RMSNorm(torch.autograd.Function):
         return y if rows is x else y.view(x.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         rows, w, r = ctx.saved_tensors
         dx, dw = _rmsnorm_bwd(rows, w, r, with_rows(dy), None, ctx.eps, *ctx.needs_input_grad[:2])

@@ -16,13 +16,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.smear import check_smear
 
 from kernels_triton.launch import (  # isort: skip
     Tile, as_staged, block_of, can_overlap, ceil_div, check_gpu, launch, n_programs, next_power_of_two,
 )
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.rows import stride_of, sum_lines, values_side_by_side
 
 # Rows × columns at a time, and warps; measured as in embedding.py.
@@ -196,7 +197,7 @@ class _Smear(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, d: Tensor) -> tuple[Tensor | None, ...]:
         x, gate_weight, scale, previous, a = ctx.saved_tensors
         needs_dx, needs_dweight, needs_dscale, needs_dprevious, _ = ctx.needs_input_grad

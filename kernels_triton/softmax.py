@@ -10,9 +10,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.checks import check_rows
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import Tile, as_staged, check_gpu, launch, n_programs, tile_for
 from kernels_triton.primitives import upcast
 from kernels_triton.rows import count_rows, row_stride, with_rows
@@ -158,7 +159,7 @@ class _Softmax(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> Tensor:
         (y,) = ctx.saved_tensors
         return _softmax_bwd(y, with_rows(dy))

@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.top_k import check_top_k
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import Tile, ceil_div, check_gpu, launch, next_power_of_two
 from kernels_triton.rows import count_rows, row_stride, with_rows
 
@@ -252,7 +253,7 @@ class _TopK(torch.autograd.Function):
         return values, indices
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, dvalues: Tensor, _: None) -> tuple[Tensor, None]:
         (indices,) = ctx.saved_tensors
         return _top_k_bwd(indices, with_rows(dvalues), ctx.D), None

@@ -21,9 +21,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from kernels_torch.value_embedding import check_value_embedding
+from kernels_triton.autograd import differentiable_once
 from kernels_triton.embedding import _table_bwd, heads_and_columns, refuse_tokens_outside
 
 from kernels_triton.launch import (  # isort: skip
@@ -174,7 +175,7 @@ class _ValueEmbedding(torch.autograd.Function):
         return y.view(v.shape)
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: FunctionCtx, d: Tensor) -> tuple[Tensor | None, ...]:
         tokens, table, gate_input, gate_weight, sigma = ctx.saved_tensors
         needs_dv, _, needs_dtable, needs_dinput, needs_dweight, _ = ctx.needs_input_grad

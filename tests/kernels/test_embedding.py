@@ -181,14 +181,6 @@ def test_embedding_of_more_elements_than_32_bits_can_count(backend, device):
     assert torch.equal(dtable, torch.bincount(tokens, minlength=V).float()[:, None].expand(-1, D))
 
 
-@TRITON
-def test_second_derivatives_are_refused(device):
-    inputs = CASE.make(CASE.check[0], torch.float32, device)
-    leaf = inputs[CASE.differentiable[-1]].requires_grad_()
-    (grad,) = torch.autograd.grad(MODULES["triton"].embedding(**inputs).square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
 
 @TRITON
 @pytest.mark.parametrize("H", [1, 2, 3, 6, 10, 17])

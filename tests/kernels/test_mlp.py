@@ -108,15 +108,6 @@ def test_hidden_tensors_kept_for_backward(op, hidden, device):
     assert torch.equal(plain, out)
 
 
-@needs_triton
-@pytest.mark.parametrize("op", MLPS)
-def test_second_derivatives_are_refused(op, device):
-    inputs = CASES[op].make(CASES[op].check[0], torch.float32, device)
-    x = inputs["x"].requires_grad_()
-    (dx,) = torch.autograd.grad(getattr(MODULES["triton"], op)(**inputs).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
-
 
 def epilogues(device: torch.device):
     """The module of products with an epilogue, where it can run: the interpreter runs it on the CPU."""

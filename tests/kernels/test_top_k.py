@@ -70,13 +70,3 @@ def test_top_k_gives_gradients_to_what_it_chose(backend, D, k, device):
     upstream = torch.randn(2, 1, k, device=device).expand(2, 3, k)
     (dx,) = torch.autograd.grad(values, x, upstream)
     assert torch.equal(dx, torch.zeros_like(x).scatter(-1, indices.long(), upstream))
-
-
-@needs_triton
-def test_second_derivatives_are_refused(device):
-    """The kernel's backward is not itself differentiable, and must not pretend that they are zero."""
-    x = torch.randn(2, 5, device=device, requires_grad=True)
-    out = MODULES["triton"].top_k(x, 2)[0]
-    (dx,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()

@@ -120,14 +120,6 @@ def test_sizes_of_real_models_twice_with_the_same_bits(dtype, device):
     judge("value_embedding", first, inputs)
 
 
-@TRITON
-def test_second_derivatives_are_refused(device):
-    inputs = CASE.make(CASE.check[0], torch.float32, device)
-    leaf = inputs[CASE.differentiable[1]].requires_grad_()
-    (grad,) = torch.autograd.grad(MODULES["triton"].value_embedding(**inputs).square().sum(), leaf, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.sum().backward()
-
 
 def test_the_reference_is_what_its_docstring_says(device):
     """One token and one head at a time, in fp64."""
