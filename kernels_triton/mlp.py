@@ -1,7 +1,7 @@
 """The feed-forward half of a block, with as few trips of the wide hidden tensor [N, F] through memory as it takes.
 
 relu²     z = x W_upᵀ,  a = relu(z)²,  y = a W_downᵀ
-          Forward keeps a alone, whose root is relu(z). Backward:
+          Forward keeps a alone, whose root is relu(z); in fp16, where the square of a small z is 0, z. Backward:
           dz = 2 √a · (dy W_down),  dx = dz W_up,  dW_up = dzᵀ x,  dW_down = dyᵀ a
 
 SwiGLU    g = x W_gateᵀ,  u = x W_upᵀ,  h = silu(g) · u,  y = h W_downᵀ
@@ -38,24 +38,25 @@ BLOCK, WARPS = 2048, 4
 
 @triton.jit
 def _relu2_kernel(
-    z, n,
+    z, a, n,
     BLOCK: tl.constexpr,
 ):
-    """z becomes relu(z)²."""
+    """a = relu(z)²"""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_z = upcast(tl.load(z + o, mask=o < n, other=0.0))                                                 # [BLOCK]
-    tl.store(z + o, relu2(b_z).to(z.dtype.element_ty), mask=o < n)
+    tl.store(a + o, relu2(b_z).to(a.dtype.element_ty), mask=o < n)
 
 
 @triton.jit
 def _relu2_grad_kernel(
-    dh, a, n,
-    BLOCK: tl.constexpr,
+    dh, kept, n,
+    BLOCK: tl.constexpr, OF_Z: tl.constexpr,
 ):
-    """dh becomes dz."""
+    """dh becomes dz, by z or by a = relu(z)²."""
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     b_dh = upcast(tl.load(dh + o, mask=o < n, other=0.0))                                               # [BLOCK]
-    b_a = upcast(tl.load(a + o, mask=o < n, other=0.0))                                                 # [BLOCK]
+    b_kept = upcast(tl.load(kept + o, mask=o < n, other=0.0))                                           # [BLOCK]
+    b_a = relu2(b_kept) if OF_Z else b_kept                                                             # [BLOCK]
     tl.store(dh + o, relu2_grad(b_dh, b_a).to(dh.dtype.element_ty), mask=o < n)
 
 
@@ -91,18 +92,20 @@ def _swiglu_grad_kernel(
     tl.store(p_dz + F, (b_dh * b_s).to(dz.dtype.element_ty), mask=m)
 
 
-def _relu2_(z: Tensor) -> Tensor:
-    """z, contiguous, in place."""
+def _relu2(z: Tensor, a: Tensor) -> Tensor:
+    """Fill a, which may be z; both contiguous."""
     if z.numel() > 0:
-        launch(_relu2_kernel, (ceil_div(z.numel(), BLOCK),), z=z, n=z.numel(), BLOCK=BLOCK, num_warps=WARPS)
-    return z
+        launch(_relu2_kernel, (ceil_div(z.numel(), BLOCK),), z=z, a=a, n=z.numel(), BLOCK=BLOCK, num_warps=WARPS)
+    return a
 
 
-def _relu2_grad_(dh: Tensor, a: Tensor) -> Tensor:
-    """dh, contiguous as a is, in place."""
+def _relu2_grad_(dh: Tensor, kept: Tensor, of_z: bool) -> Tensor:
+    """dh, contiguous as what was kept is, in place."""
     if dh.numel() > 0:
         grid = (ceil_div(dh.numel(), BLOCK),)
-        launch(_relu2_grad_kernel, grid, dh=dh, a=a, n=dh.numel(), BLOCK=BLOCK, num_warps=WARPS)
+        launch(
+            _relu2_grad_kernel, grid, dh=dh, kept=kept, n=dh.numel(), BLOCK=BLOCK, OF_Z=of_z, num_warps=WARPS
+        )
     return dh
 
 
@@ -161,29 +164,46 @@ def fuses_swiglu(x: Tensor, F: int, keep: bool) -> bool:
 
 
 class _Relu2MLP(torch.autograd.Function):
-    """relu² of the up-projection is all of the hidden layer that is kept."""
+    """relu² of the up-projection is all of the hidden layer that is kept, or the up-projection itself in fp16."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
         rows = as_rows(x)
-        a = matmul_relu2(rows, w_up) if fuses(rows, w_up.shape[0]) else _relu2_(torch.mm(rows, w_up.t()))
+        if keeps_z(rows):
+            kept = torch.mm(rows, w_up.t())
+            a = _relu2(kept, torch.empty_like(kept))
+        elif fuses(rows, w_up.shape[0]):
+            kept = a = matmul_relu2(rows, w_up)
+        else:
+            z = torch.mm(rows, w_up.t())
+            kept = a = _relu2(z, z)
         needs_x, needs_up, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if needs_up else None, w_up if needs_x else None, w_down, a)
+        ctx.save_for_backward(rows if needs_up else None, w_up if needs_x else None, w_down, kept)
         return torch.mm(a, w_down.t()).view(x.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        rows, w_up, w_down, a = ctx.saved_tensors
+        rows, w_up, w_down, kept = ctx.saved_tensors
         needs_x, needs_up, needs_down = ctx.needs_input_grad
         d_rows = as_rows(dy)
-        dx = dw_up = None
+        of_z = keeps_z(d_rows)
+        dx = dw_up = dw_down = None
         if needs_x or needs_up:
-            fused = fuses(d_rows, a.shape[1])
-            dz = matmul_relu2_grad(d_rows, w_down, a) if fused else _relu2_grad_(torch.mm(d_rows, w_down), a)
+            if not of_z and fuses(d_rows, kept.shape[1]):
+                dz = matmul_relu2_grad(d_rows, w_down, kept)
+            else:
+                dz = _relu2_grad_(torch.mm(d_rows, w_down), kept, of_z)
             dx = torch.mm(dz, w_up).view(dy.shape) if needs_x else None
             dw_up = torch.mm(dz.t(), rows) if needs_up else None
-        return dx, dw_up, torch.mm(d_rows.t(), a) if needs_down else None
+        if needs_down:
+            dw_down = torch.mm(d_rows.t(), _relu2(kept, torch.empty_like(kept)) if of_z else kept)
+        return dx, dw_up, dw_down
+
+
+def keeps_z(x: Tensor) -> bool:
+    """fp16 ends at 6e-8: of relu² below that no root is left."""
+    return x.dtype == torch.float16
 
 
 class _SwiGluMLP(torch.autograd.Function):

@@ -74,6 +74,19 @@ class CountProducts(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
+@pytest.mark.parametrize("scale", [1e-4, 1e-3, 1e-2, 1.0])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_small_activations_keep_their_gradients_in_fp16(backend, scale, device):
+    """relu² of what is below 2e-4 is 0 in fp16, and its root no longer relu."""
+    inputs = CASES["relu2_mlp"].make(dict(N=37, D=31, F=53), torch.float16, device)
+    inputs["x"] = inputs["x"] * scale
+    judge(
+        "relu2_mlp",
+        run("relu2_mlp", MODULES[backend].relu2_mlp, CASES["relu2_mlp"].cast(inputs, torch.float16)),
+        inputs,
+    )
+
+
 @needs_triton
 @pytest.mark.parametrize("op", MLPS)
 def test_each_gradient_costs_its_products_and_no_more(op, device):
@@ -106,7 +119,6 @@ def test_hidden_tensors_kept_for_backward(op, hidden, device):
         with torch.no_grad():
             assert torch.equal(plain, getattr(MODULES["triton"], op)(**inputs))
     assert torch.equal(plain, out)
-
 
 
 def epilogues(device: torch.device):
