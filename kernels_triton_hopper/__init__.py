@@ -1,0 +1,9 @@
+"""The kernels of kernels_triton that only Hopper GPUs run, under the names of their ops.
+
+`kernels=triton kernels.attention=triton_hopper` takes attention's. They are no choice of `kernels=triton` itself before the
+tests have run on them as they are now.
+"""
+
+from kernels_triton.attention import attention_hopper as attention
+
+__all__ = ["attention"]
