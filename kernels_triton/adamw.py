@@ -173,12 +173,12 @@ def adamw_update(
             refuse_scattered(name, tensors)
     refuse_scattered("copies", [copy for copy in copies or () if copy is not None])
     ps, gs, ms, vs = ([x.detach().contiguous() for x in tensors] for tensors in (ps, gs, ms, vs))
+    if isinstance(params, Tensor):
+        numbers, copy = rates_on_device(each[0], params.device), copies[0] if copies else None
+        new_p, new_m, new_v, squares = _adamw_one(ps[0], gs[0], ms[0], vs[0], numbers, copy, in_place)
+        return (params if in_place else new_p), new_m, new_v, squares
     on_device = {id(own): rates_on_device(own, ps[0].device) for own in each}
     numbers = [on_device[id(own)] for own in each]
-    if isinstance(params, Tensor):
-        copy = copies[0] if copies else None
-        new_p, new_m, new_v, squares = _adamw_one(ps[0], gs[0], ms[0], vs[0], numbers[0], copy, in_place)
-        return (params if in_place else new_p), new_m, new_v, squares
     if not in_place:
         ps, ms, vs = ([x.clone() for x in tensors] for tensors in (ps, ms, vs))
     squares = torch.empty(len(ps), dtype=ms[0].dtype, device=ps[0].device)

@@ -48,6 +48,8 @@ def table_of(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     if found is None:
         if len(TABLES) >= FORGET_AFTER:
             TABLES.clear()
+        if device.type == "cuda" and all(other != device for other, _ in TABLES):
+            write_table([(0,)], device)  # so that the kernel is there when a graph is captured
         host = torch.tensor(rows, dtype=torch.int64, pin_memory=device.type == "cuda")
         found = TABLES[key] = host.to(device, non_blocking=True)
     return found

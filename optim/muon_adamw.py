@@ -7,8 +7,8 @@ There is no DistributedDataParallel: every rank holds all parameters and the gra
     3  wait for every group's updated rows and copy them back
 
 which is ZeRO-2's memory for the price of an all-reduce. One process is the same code: it owns all rows and what it
-would send is returned to it (optim/sharding.py); gradients and parameters stay where they are. Clipping and fp16 must know the norm of all gradients before the first
-parameter moves; only then do all waits come before the first update.
+would send is returned to it (optim/sharding.py); gradients and parameters stay where they are. Clipping and fp16 must
+know the norm of all gradients before the first parameter moves; only then do all waits come before the first update.
 
 Arithmetic and state are fp32 whatever a parameter is stored in: in bf16 a moving average with 1 − β₂ = 0.005 stalls at
 61% of a constant signal. The state leaves this class as whole tensors named after their parameters, so it can be saved
