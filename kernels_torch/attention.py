@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_torch.checks import check_devices
+from kernels_torch.checks import check_devices, holds_integers
 
 
 def attention(
@@ -60,6 +60,8 @@ def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float | None
 ) -> Tensor:
     """F.scaled_dot_product_attention for [B, T, H, D] and grouped heads; mask is True where a key is seen."""
+    if scale is not None and scale <= 0:  # which a masked score of -inf must not be multiplied by
+        q, scale = q * scale, 1.0
     q, k, v = (in_whole_words(x).transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     if group > 1 and (mask is not None or q.dtype.itemsize > 2):
@@ -84,13 +86,18 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids
     check_devices(q=q, doc_ids=doc_ids)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"there must be at least as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
+    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 0):
+        raise ValueError(
+            f"window must be a whole number and not negative, got {window} (0: each token sees itself; "
+            "None: all before it)"
+        )
     if doc_ids is not None:
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"doc_ids need as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
         if doc_ids.shape != q.shape[:2]:
             raise ValueError(f"doc_ids must have shape {tuple(q.shape[:2])}, got {tuple(doc_ids.shape)}")
+        if not holds_integers(doc_ids):
+            raise ValueError(f"doc_ids must be integers, got {doc_ids.dtype}")
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

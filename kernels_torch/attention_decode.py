@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kernels_torch.attention import check_heads, fused_attention, visible
-from kernels_torch.checks import check_devices
+from kernels_torch.checks import check_devices, holds_integers
 
 
 def attention_decode(
@@ -86,7 +86,7 @@ def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths:
     check_devices(q=q, lengths=lengths)
     if q.shape[1] > k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} new tokens do not fit a cache of {k_cache.shape[1]}")
-    if tuple(lengths.shape) != (q.shape[0],) or lengths.is_floating_point() or lengths.dtype == torch.bool:
+    if tuple(lengths.shape) != (q.shape[0],) or not holds_integers(lengths):
         raise ValueError(
             f"lengths must be an integer tensor [{q.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
         )
@@ -118,7 +118,3 @@ def check_attention_decode_paged(
         raise ValueError(f"lengths must be an integer tensor [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
     if window is not None and window < 0:
         raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
-
-
-def holds_integers(x: Tensor) -> bool:
-    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool

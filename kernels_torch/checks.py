@@ -1,5 +1,6 @@
 """Refusals that many operations share. What an operation refuses, every backend refuses in the same words."""
 
+import torch
 from torch import Tensor
 
 
@@ -17,6 +18,11 @@ def check_float(op: str, x: Tensor) -> None:
     """Refuse integers."""
     if not x.is_floating_point():
         raise ValueError(f"{op} takes floating-point x, got {x.dtype}")
+
+
+def holds_integers(x: Tensor) -> bool:
+    """Whether x counts or names things: neither fractions nor truth values."""
+    return not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
 
 
 def check_rows(op: str, x: Tensor) -> None:

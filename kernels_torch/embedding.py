@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_torch.checks import check_devices
+from kernels_torch.checks import check_devices, holds_integers
 
 
 def embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -24,7 +24,7 @@ def embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
 def check_embedding(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> None:
     """Refuse what `embedding` cannot mean."""
     check_devices(tokens=tokens, table=table)
-    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+    if not holds_integers(tokens):
         raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     if table.dim() != 2 or not table.is_floating_point():
         raise ValueError(f"table must be floating point [V, D], got {table.dtype} {tuple(table.shape)}")

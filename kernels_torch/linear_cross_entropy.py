@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from kernels_torch.checks import check_devices
+from kernels_torch.checks import check_devices, holds_integers
 
 # Logits of one chunk: few enough for a CPU's cache (measured fastest on one), enough to fill a GPU (128 MiB in fp32).
 CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -129,7 +129,7 @@ def check_linear_cross_entropy(
         raise ValueError(f"x must be [N, D] and weight [V, D], got {tuple(x.shape)} and {tuple(weight.shape)}")
     if x.dtype != weight.dtype or not x.is_floating_point():
         raise ValueError(f"x and weight must have one floating-point dtype, got {x.dtype} and {weight.dtype}")
-    if targets.shape != x.shape[:1] or targets.is_floating_point():
+    if targets.shape != x.shape[:1] or not holds_integers(targets):
         raise ValueError(f"targets must be integers [{x.shape[0]}], got {targets.dtype} {tuple(targets.shape)}")
     if token_weights is not None and token_weights.shape != targets.shape:
         raise ValueError(f"token_weights must be [{x.shape[0]}], got {tuple(token_weights.shape)}")

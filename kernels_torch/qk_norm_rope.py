@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_torch.checks import check_devices
+from kernels_torch.checks import check_devices, holds_integers
 
 
 def qk_norm_rope(
@@ -118,7 +118,7 @@ def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: in
     if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != D // 2:
         raise ValueError(f"cos and sin must be [S, {D // 2}], got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if isinstance(start, Tensor):
-        if tuple(start.shape) != (B,) or start.is_floating_point() or start.dtype == torch.bool:
+        if tuple(start.shape) != (B,) or not holds_integers(start):
             raise ValueError(f"start must be an int or an integer tensor [{B}], got {start.dtype} {tuple(start.shape)}")
     elif start < 0 or start + T > cos.shape[0]:
         raise ValueError(f"positions {start} to {start + T - 1} are outside the rotary table of {cos.shape[0]} rows")

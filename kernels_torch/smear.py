@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_torch.checks import check_devices
+from kernels_torch.checks import check_devices, holds_integers
 
 
 def smear(
@@ -51,5 +51,5 @@ def check_smear(x: Tensor, gate_weight: Tensor, scale: Tensor, previous: Tensor 
         raise ValueError(f"scale must hold one value, got shape {tuple(scale.shape)}")
     if previous is not None and (previous.shape != (B, 1, D) or previous.dtype != x.dtype):
         raise ValueError(f"previous must be {x.dtype} ({B}, 1, {D}), got {previous.dtype} {tuple(previous.shape)}")
-    if doc_ids is not None and doc_ids.shape != (B, T):
-        raise ValueError(f"doc_ids must be [{B}, {T}], got {tuple(doc_ids.shape)}")
+    if doc_ids is not None and (doc_ids.shape != (B, T) or not holds_integers(doc_ids)):
+        raise ValueError(f"doc_ids must be integers [{B}, {T}], got {doc_ids.dtype} {tuple(doc_ids.shape)}")

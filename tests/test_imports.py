@@ -9,8 +9,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 OURS = {
-    "kernels_torch", "kernels_triton", "kernels_triton_hopper", "model", "data", "optim", "training", "inference", "evals", "bench",
-    "config", "checkpoint", "errors", "train", "infer",
+    "kernels_torch", "kernels_triton", "kernels_triton_hopper", "model", "data", "optim", "training", "inference",
+    "evals", "bench", "config", "checkpoint", "errors", "train", "infer",
 }  # fmt: skip
 # folder or file → what of ours it may import; everyone may import `errors`
 ARROWS: dict[str, set[str]] = {

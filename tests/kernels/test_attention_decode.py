@@ -22,6 +22,11 @@ CASE = CASES[OP]
 DTYPES = [torch.float64, torch.float32, torch.float16, *([torch.bfloat16] if HAS_GPU else [])]
 HALF = torch.bfloat16 if HAS_GPU else torch.float16
 SMALL = Tile(BM=16, BS=16, warps=4, stages=2, fill=2, least=1)  # blocks that even a short row has several of
+SMALL_ONE = SMALL._replace(BM=1, warps=1)
+HEADS = [
+    dict(Tn=2, H=4, Hkv=2),
+    dict(Tn=1, H=2, Hkv=2),
+]  # the kernel for several queries to a key head, and that for one
 
 
 def made(shape: dict, dtype: torch.dtype, device: torch.device, lengths: list[int] | None = None, **changes) -> dict:
@@ -65,7 +70,7 @@ def shuffled_pages(inputs: dict, page: int, spare: int = 3) -> dict:
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(kernel, "tile_for", lambda M, D, itemsize: SMALL)
+    monkeypatch.setattr(kernel, "tile_for", lambda M, *_: SMALL_ONE if M == 1 else SMALL)
 
 
 def test_signatures_are_the_reference_ones():
@@ -85,10 +90,11 @@ def test_is_as_exact_as_plain_pytorch(shape, dtype, device):
     judge(OP, run(OP, attention_decode, CASE.cast(inputs, dtype)), inputs)
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=str)
 @pytest.mark.parametrize("D", [1, 16, 64, 80, 96, 128, 192, 256])
-def test_any_width_of_heads(D, dtype, device):
-    check(made(dict(B=3, Tn=2, S=150, H=4, Hkv=2, D=D), dtype, device, [150, 2, 77]))
+def test_any_width_of_heads(heads, D, dtype, device):
+    check(made(dict(B=3, S=150, D=D, **heads), dtype, device, [150, 2, 77]))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, HALF], ids=str)
@@ -98,9 +104,10 @@ def test_any_number_of_heads_and_new_tokens_to_a_key_head(H, Hkv, Tn, dtype, dev
     check(made(dict(B=2, Tn=Tn, S=90, H=H, Hkv=Hkv, D=16), dtype, device, [90, 41]))
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("window", [0, 1, 15, 16, 17, 40, 97, 98, 99, 100, 10**12, None])
-def test_windows_of_every_size(window, device, small_tiles):
-    check(made(dict(B=4, Tn=3, S=99, H=4, Hkv=2, D=16), torch.float32, device, [99, 3, 64, 18], window=window))
+def test_windows_of_every_size(heads, window, device, small_tiles):
+    check(made(dict(B=4, S=99, D=16, **heads), torch.float32, device, [99, 3, 64, 18], window=window))
 
 
 @pytest.mark.parametrize("window", [0, 1, 16, 30, 38, 39, None])
@@ -130,10 +137,11 @@ def test_rows_shorter_than_the_new_tokens_give_zeros_for_those_missing(window, d
         assert (out[b, missing:] != 0).all()
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("page", [None, 16, 24])
-def test_what_lies_beyond_the_lengths_changes_nothing(page, device, small_tiles):
+def test_what_lies_beyond_the_lengths_changes_nothing(heads, page, device, small_tiles):
     """Not one bit, whatever it is."""
-    inputs = made(dict(B=3, Tn=2, S=48, H=4, Hkv=2, D=16), torch.float32, device, [48, 17, 0])
+    inputs = made(dict(B=3, S=48, D=16, **heads), torch.float32, device, [48, 17, 0])
     outs = []
     for garbage in (0.0, torch.nan, torch.inf, -1e30):
         poison_tails(inputs, garbage)
@@ -143,20 +151,22 @@ def test_what_lies_beyond_the_lengths_changes_nothing(page, device, small_tiles)
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("lengths", [[-3, 200], [60, 2**31 - 1]])
-def test_lengths_that_cannot_be_reach_for_nothing(lengths, device, small_tiles):
+def test_lengths_that_cannot_be_reach_for_nothing(heads, lengths, device, small_tiles):
     """Nobody checked them. Below zero there are no keys, and there are no more than the cache has room for."""
-    inputs = made(dict(B=2, Tn=2, S=60, H=2, Hkv=1, D=16), torch.float32, device)
+    inputs = made(dict(B=2, S=60, D=16, **heads), torch.float32, device)
     clamped = inputs | {"lengths": torch.tensor(lengths, device=device).clamp(0, 60)}
     inputs["lengths"] = torch.tensor(lengths, device=device, dtype=torch.int32)
     assert torch.equal(attention_decode(**inputs), attention_decode(**clamped))
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("splits", [1, 2, 3, 7, 16])
-def test_any_number_of_splits_gives_the_same(splits, window, device, monkeypatch, small_tiles):
+def test_any_number_of_splits_gives_the_same(heads, splits, window, device, monkeypatch, small_tiles):
     """More than a row has blocks, too; and in fp64 they differ by rounding only."""
-    shape = dict(B=4, Tn=2, S=210, H=2, Hkv=1, D=16, window=window)
+    shape = dict(B=4, S=210, D=16, **heads, window=window)
     monkeypatch.setattr(kernel, "n_splits", lambda *_: splits)
     for dtype in (torch.float64, HALF):
         check(made(shape, dtype, device, [210, 1, 0, 130]))
@@ -169,10 +179,11 @@ def test_each_tile_of_queries_is_split_by_what_it_sees(splits, window, device, m
     check(made(dict(B=2, Tn=40, S=130, H=4, Hkv=1, D=16, window=window), HALF, device, [130, 55]))
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("page", [None, 32])
-def test_a_row_does_not_depend_on_the_others(page, device, small_tiles):
+def test_a_row_does_not_depend_on_the_others(heads, page, device, small_tiles):
     """Neither on what they hold nor on how long they are: its bits stay."""
-    shape = dict(B=4, Tn=2, S=96, H=4, Hkv=2, D=16)
+    shape = dict(B=4, S=96, D=16, **heads)
     outs = []
     for others in ([96, 3, 50], [0, 96, 96], [17, 1, 2]):
         inputs = made(shape, torch.float32, device, [70, *others])
@@ -211,10 +222,11 @@ def every_second(x: Tensor) -> Tensor:
 VIEWS = [in_layers, heads_first, rows_inside, values_apart, every_second]
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("view", VIEWS, ids=lambda view: view.__name__)
-def test_strides_change_nothing(view, device, small_tiles):
+def test_strides_change_nothing(heads, view, device, small_tiles):
     """Not one bit: caches are read where they lie."""
-    inputs = made(dict(B=3, Tn=2, S=45, H=4, Hkv=2, D=24), torch.float32, device, [45, 2, 30])
+    inputs = made(dict(B=3, S=45, D=24, **heads), torch.float32, device, [45, 2, 30])
     expected = attention_decode(**inputs)
     assert torch.equal(attention_decode(**inputs | {"k_cache": view(inputs["k_cache"])}), expected)
     assert torch.equal(attention_decode(**inputs | {"v_cache": view(inputs["v_cache"])}), expected)
@@ -228,12 +240,13 @@ def test_strides_change_nothing(view, device, small_tiles):
     assert torch.equal(attention_decode_paged(**pages | views), expected)
 
 
+@pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("integer", [torch.int32, torch.int64])
 @pytest.mark.parametrize("window", [None, 37])
 @pytest.mark.parametrize("page", [1, 5, 16, 24, 32, 48, 96])
-def test_pages_in_any_order_equal_a_cache_in_one_piece(page, window, integer, device, small_tiles):
+def test_pages_in_any_order_equal_a_cache_in_one_piece(heads, page, window, integer, device, small_tiles):
     """Bit for bit, where both have the same room."""
-    inputs = made(dict(B=3, Tn=3, S=96, H=4, Hkv=2, D=16, window=window), torch.float32, device, [96, 1, 53])
+    inputs = made(dict(B=3, S=96, D=16, **heads, window=window), torch.float32, device, [96, 1, 53])
     pages = shuffled_pages(inputs, page)
     pages["block_table"] = pages["block_table"].to(integer)
     got = attention_decode_paged(**pages)
@@ -382,7 +395,7 @@ def test_more_page_refusals(device):
 @pytest.mark.parametrize("D", [1, 16, 64, 80, 96, 128, 192, 256])
 def test_tiles_are_such_as_tensor_cores_take(D, itemsize):
     for M in (1, 2, 15, 16, 17, 48, 64, 65, 128, 4096):
-        tile = kernel.tile_for(M, D, itemsize)
+        tile = kernel.tile_for(M, D, itemsize, 2**30)
         for size in (tile.BM, tile.BS):
             assert 16 <= size <= 128
             assert size & (size - 1) == 0
@@ -390,8 +403,18 @@ def test_tiles_are_such_as_tensor_cores_take(D, itemsize):
         assert 2 * tile.BS * max(16, D) * itemsize <= 64 * 1024  # keys and values of one stage
 
 
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("D", [1, 16, 64, 80, 96, 128, 192, 256])
+def test_lanes_share_a_block_of_keys_evenly(D, itemsize):
+    tile = kernel.tile_for(1, D, itemsize, 2**20)
+    row_bytes = max(16, kernel.next_power_of_two(D)) * itemsize
+    assert tile.BM == 1
+    assert tile.BS % kernel.lanes(tile, row_bytes) == 0
+    assert tile.BS * row_bytes <= 8192  # as many again of values: what threads hold in registers
+
+
 def test_splits_fill_the_gpu_and_are_worth_a_program_each():
-    tile = kernel.tile_for(1, 128, 2)
+    tile = kernel.tile_for(1, 128, 2, 2**30)
 
     def splits(B: int, Hkv: int, S: int, n_tiles: int = 1) -> int:
         return kernel.n_splits(B * Hkv * n_tiles, -(-S // tile.BS), tile, 132, n_tiles)

@@ -289,7 +289,9 @@ REFUSED = {
         (lambda inputs: {"k": inputs["k"][:, :9], "v": inputs["v"][:, :9]}, "9 and 17"),
         (lambda _: {"window": -2}, "-2"),
         (as_int("v"), "int32"),
+        (lambda _: {"window": 1.5}, "1.5"),
         (lambda inputs: {"doc_ids": inputs["q"].new_zeros(3, 17, dtype=torch.int32)}, r"\(3, 17\)"),
+        (lambda inputs: {"doc_ids": inputs["q"].new_zeros(2, 17)}, "integers, got .*float32"),
     ],
     "attention_decode": [
         (half("v_cache"), "Hkv, D"),
