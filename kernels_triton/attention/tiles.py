@@ -25,7 +25,7 @@ class Tile(NamedTuple):
 Table = dict[str, dict[int, Tile]]  # of a kernel, up to a width of head
 
 # 227 KiB of shared memory a processor, products by groups of four warps: Hopper. The fastest on an H200, bf16, µs of
-# B16 T2048 and B2 T8192, 16 heads (in brackets the runner-up):
+# B8 T2048 H16 and B2 T8192 H16 at D 128, B16 T2048 H12 at D 64 (in brackets the runner-up):
 #     D 128   forward 336 and 1075 (128 × 32, 4 warps: 363, 1198); dq 412 and 1307 (64 × 64, 4 warps: 412, 1399);
 #             dk and dv 574 and 1854 (64 × 64, 4 warps: 600, 2023)
 #     D 64    forward 299 (128 × 64, 4 warps: 302), dq 304 (64 × 128, 4 warps: 334), dk and dv 507 (32 × 128, 4 warps: 531)
