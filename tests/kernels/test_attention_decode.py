@@ -26,7 +26,7 @@ SMALL_ONE = SMALL._replace(BM=1, warps=1)
 HEADS = [
     dict(Tn=2, H=4, Hkv=2),
     dict(Tn=1, H=2, Hkv=2),
-]  # the kernel for several queries to a key head, and that for one
+]  # several queries to a key head, and one
 
 
 def made(shape: dict, dtype: torch.dtype, device: torch.device, lengths: list[int] | None = None, **changes) -> dict:
