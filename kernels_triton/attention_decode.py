@@ -54,9 +54,9 @@ class Tile(NamedTuple):
 
 
 # Up to this many bytes of keys and values, one query to a key head goes without tensor cores. µs a call on an H200 (copy
-# 4.25 TB/s; a CUDA graph of calls over rotating caches, bf16, D128; in brackets by products): B1 S1024 H6 5.5 (6.2),
-# B1 S2048 H17 10.1 (11.2), B1 S32768 H6 (100 MB) 32.0 (30.4), B32 S2048 H6 (200 MB) 62.4 (58.5). Four warps that take
-# 32 keys 7.2 and 12.5. Not timed in pages, nor between 18 and 100 MB.
+# 4.25 TB/s; a CUDA graph of calls over rotating caches, bf16, D128, by a forerunner with these tiles; in brackets by
+# products): B1 S1024 H6 5.5 (6.2), B1 S2048 H17 10.1 (11.2), B1 S32768 H6 (100 MB) 32.0 (30.4), B32 S2048 H6 (200 MB)
+# 62.4 (58.5). Four warps that take 32 keys 7.2 and 12.5. Not timed in pages, nor between 18 and 100 MB.
 SMALL_CACHE = 32 * 2**20
 
 
