@@ -586,6 +586,7 @@ CASES = {
                 dict(B=4, Tn=1, S=9, H=1, Hkv=1, D=6, window=0),
                 dict(B=0, Tn=1, S=4, H=2, Hkv=1, D=8),
             ],
+            prove=(dict(B=2, Tn=1, S=300, H=2, Hkv=2, D=128), dict(B=2, Tn=1, S=300, H=8, Hkv=2, D=128)),
             time=[
                 dict(B=B, Tn=1, S=S, H=H, Hkv=Hkv, D=128, full=True)
                 for B, S, H, Hkv in (
@@ -708,6 +709,7 @@ CASES = {
                 dict(K=2, r=20, c=70),
                 dict(K=1, r=67, c=66),
             ],
+            prove=(dict(K=2, r=640, c=640), dict(K=2, r=640, c=1280)),
             time=[dict(K=12, r=768, c=3072), dict(K=48, r=768, c=768), dict(K=20, r=1280, c=5120)],
         ),
     )

@@ -61,14 +61,14 @@ def test_omegaconf_resolves_what_follows_the_backend(device):
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_yaml_lists_exactly_the_ops_without_a_kernel():
-    """conf/kernels/triton.yaml doubles as the list of what is not fast yet."""
+def test_yaml_lists_what_is_not_ours_yet():
+    """conf/kernels/triton.yaml doubles as the list of what is not fast yet, or not proven to be right on a GPU."""
     node = OmegaConf.load(ROOT / "conf/kernels/triton.yaml")
     listed = {key for key in node if key not in ("defaults", "backend")}
     assert node.backend == "triton"
     assert {node[op] for op in listed} <= {"torch"}
     if "triton" in BACKENDS:
-        assert listed == set(OP_NAMES) - set(MODULES["triton"].__all__)
+        assert set(OP_NAMES) - set(MODULES["triton"].__all__) <= listed <= set(OP_NAMES)
     assert OmegaConf.load(ROOT / "conf/kernels/torch.yaml").backend == "torch"
 
 
