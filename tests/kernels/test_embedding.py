@@ -181,7 +181,6 @@ def test_embedding_of_more_elements_than_32_bits_can_count(backend, device):
     assert torch.equal(dtable, torch.bincount(tokens, minlength=V).float()[:, None].expand(-1, D))
 
 
-
 @TRITON
 @pytest.mark.parametrize("H", [1, 2, 3, 6, 10, 17])
 @pytest.mark.parametrize("D", [1, 5, 64, 96, 128, 768, 1280, 1536, 2176, 4096, 33000])

@@ -127,7 +127,6 @@ def test_leading_dimensions_are_rows(backend, device):
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
-
 @needs_triton
 @pytest.mark.parametrize("D", [1, 2, 3, 64, 100, 128, 768, 1000, 1600, 4096, 8192, 16384])
 def test_tiles_cover_the_row_and_fit_the_hardware(D):

@@ -96,7 +96,6 @@ def test_leading_dimensions_are_rows(backend, device):
     assert MODULES[backend].rmsnorm(x[:, :0]).shape == (2, 0, 4, 5)
 
 
-
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
 @pytest.mark.parametrize("D", [1, 2, 3, 64, 100, 128, 768, 1000, 1536, 2176, 4096, 8192, 16384])
 def test_tiles_cover_the_row_and_fit_the_hardware(D):

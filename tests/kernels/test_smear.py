@@ -145,7 +145,6 @@ def test_sizes_of_real_models_twice_with_the_same_bits(dtype, device):
     judge("smear", first, inputs)
 
 
-
 @TRITON
 @pytest.mark.parametrize("D", [1, 5, 64, 96, 128, 768, 1280, 1536, 2176, 4096, 33000])
 def test_tiles_hold_the_gate_and_fit_the_hardware(D):

@@ -120,7 +120,6 @@ def test_sizes_of_real_models_twice_with_the_same_bits(dtype, device):
     judge("value_embedding", first, inputs)
 
 
-
 def test_the_reference_is_what_its_docstring_says(device):
     """One token and one head at a time, in fp64."""
     case = CASE.make(dict(B=2, T=4, Hkv=3, D=5, V=6, G=2), torch.float64, device)
