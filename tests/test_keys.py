@@ -41,7 +41,7 @@ from data import sources
 from errors import KestrelError
 from inference import console
 from model import build
-from model.ops import OP_NAMES, describe_ops
+from model.ops import FORMS, OP_NAMES, describe_ops
 from tests.model.tiny import VOCAB, tokens, torch_ops
 from training import distributed, loop, report
 from training.distributed import Device
@@ -595,7 +595,8 @@ class Witness:
             return fake
 
         module = types.ModuleType("kernels_fake")
-        module.__dict__.update({op: noting(op) for op in OP_NAMES}, __all__=OP_NAMES)
+        names = [*OP_NAMES, *FORMS]
+        module.__dict__.update({op: noting(op) for op in names}, __all__=names)
         self.patch.setitem(sys.modules, "kernels_fake", module)
         for backend in ("torch", "fake"):
             (self.here / f"kernels_{backend}").mkdir()
