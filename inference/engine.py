@@ -13,8 +13,8 @@ A request is admitted when there is room for all it may become, prompt and answe
 finish; until then requests wait in the order they came. What could never fit is refused by `submit`.
 
 What a row says depends on its request, its seed and which sample it is, and not on the rows around it: draws are hashes
-(sampling.py), and on the CPU no row's sums depend on the others (`width_for`, `PagedCache.reach_for`; tests compare
-bit by bit).
+(sampling.py), and on the CPU no row's sums depend on the others (`width_for`, `PagedCache.reach_for`; tests compare bit
+by bit). The exception are nanochat's gates, whose torch.sigmoid may show the shape of a step in the last bit.
 
 With `lag=1`, the default on a GPU, tokens are handed out while the next step is already under way, so that the device
 never waits for Python. Ends by stop token and by length are known to the device; of a row that ends by a stop string
@@ -83,10 +83,12 @@ class Engine:
         self.lag = int(self.device.type == "cuda") if lag is None else lag
         cache_tokens = most_tokens(model, max_rows, self.device) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)
-        self.cache = PagedCache(model, self.pool.n_blocks, page)
+        self.cache = PagedCache(model, self.pool.n_blocks, page, one_row=max_rows == 1)
         self.prefill = Prefill(model, self.cache, self.pool, reuse_prefixes)
-        self.cache_rows = self.cache.rows(max_rows)
-        self.rows = Rows(max_rows, torch.zeros(model.vocab_size, dtype=torch.bool, device=self.device))
+        self.least_width = PAD_TO if self.device.type == "cpu" and max_rows > 1 else 1
+        most_width = -(-max_rows // self.least_width) * self.least_width
+        self.cache_rows = self.cache.rows(most_width)
+        self.rows = Rows(most_width, torch.zeros(model.vocab_size, dtype=torch.bool, device=self.device))
         self.stop_ids = {tokenizer.encode_special(name) for name in STOPS}
         self.steps: dict[int, DecodeStep] = {}  # by width
         self.queue: deque[Request] = deque()
@@ -132,11 +134,7 @@ class Engine:
         """The tokens of a request, step by step."""
         with closing(self.follow(request)) as steps:
             for events in steps:
-                column: Column = [None] * request.sampling.num_samples
-                for event in events:
-                    column[event.sample] = event.token
-                if any(token is not None for token in column):
-                    yield column
+                yield from columns_of(events)
 
     def follow(self, request: Request) -> Iterator[list[Event]]:
         """Submit a request, and step until it is done → its events of each step. Whoever stops reading cancels it."""
@@ -207,12 +205,10 @@ class Engine:
     def width_for(self, n: int) -> int:
         """How many rows to compute when n are at work: few different widths, so that few steps need be captured.
 
-        A CPU sums one to three rows of a matrix product in another order than more, so there are at least four, unless
-        there can never be: then rows are few and their speed counts.
+        A CPU may sum the rows that are left over from a multiple of four in another order than the rest, so there the
+        widths are such multiples. A row that is always alone need not care.
         """
-        least = PAD_TO if self.device.type == "cpu" else 1
-        width = max(least, 1 << (n - 1).bit_length())
-        return min(width, self.max_rows)
+        return min(max(self.least_width, 1 << (n - 1).bit_length()), len(self.rows.active))
 
     def what_for(self, rows: list[Row]) -> tuple[Plan, int | None]:
         """What a step must compute for these rows: the plan, and how many log-probabilities."""
@@ -319,6 +315,23 @@ class Engine:
     def drop_prompt(self) -> None:
         self.pool.release(self.prompt.blocks + self.prompt.reserved)
         self.prompt = None
+
+
+def columns_of(events: list[Event]) -> Iterator[Column]:
+    """Events of one request as columns: several if a sample has several, as when another reader made the steps."""
+    left = events
+    while left:
+        column: Column = [None] * left[0].request.sampling.num_samples
+        met, later = set(), []
+        for event in left:
+            if event.sample in met:
+                later.append(event)
+            else:
+                met.add(event.sample)
+                column[event.sample] = event.token
+        if any(token is not None for token in column):
+            yield column
+        left = later
 
 
 class Flight:

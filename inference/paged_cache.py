@@ -17,12 +17,14 @@ CPU_REACH = 512  # keys
 class PagedCache:
     """Room for n_blocks · page tokens.
 
-    k, v   [L, 1 + n_blocks, page, Hkv, D] in the model's dtype
+    k, v      [L, 1 + n_blocks, page, Hkv, D] in the model's dtype
+    one_row   there will never be two rows at once
     """
 
-    def __init__(self, model: nn.Module, n_blocks: int, page: int) -> None:
+    def __init__(self, model: nn.Module, n_blocks: int, page: int, one_row: bool = False) -> None:
         n_layer, n_kv_head, head_dim = model.cache_shape
         self.device = next(model.parameters()).device
+        self.one_row = one_row
         self.page, self.max_blocks = page, -(-model.context_len // page)
         shape = (n_layer, 1 + n_blocks, page, n_kv_head, head_dim)
         self.k = torch.empty(shape, dtype=model.dtype, device=self.device)
@@ -38,11 +40,11 @@ class PagedCache:
 
         A GPU's kernels read as far as each row goes, so there the tables are always whole. Plain PyTorch reads all of
         the table it is given: on a CPU that is as far as the longest row goes, rounded up to what its attention sums at
-        a time. So it changes no bit of a row how long the others are.
+        a time, so that it changes no bit of a row how long the others are. A row that is always alone need not care.
         """
         if self.device.type != "cpu":
             return self.max_blocks
-        at_once = max(1, CPU_REACH // self.page)
+        at_once = 1 if self.one_row else max(1, CPU_REACH // self.page)
         return min(-(-n_blocks // at_once) * at_once, self.max_blocks)
 
     def rows(self, n: int) -> "CacheRows":

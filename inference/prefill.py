@@ -13,7 +13,7 @@ from inference.block_pool import ROOT, BlockPool
 from inference.paged_cache import PagedCache
 from inference.request import Request
 
-PAD_TO = 4  # a CPU's matrix product sums rows one way if there are four or more of them
+PAD_TO = 4  # rows of which a CPU's matrix product sums all in one way
 
 
 class Prompt:
