@@ -1,8 +1,8 @@
 """Many requests at once: each gets what it would get alone, bit for bit, and everything is given back in the end.
 
 Bit for bit on the CPU, and but for nanochat's gates (smear, value embeddings): torch.sigmoid rounds the last elements
-of a tensor, which are too few for a vector register, differently from the rest, so the shape of a step shows in the last
-bit of a gate. Log-probabilities are compared exactly, which holds the logits to it; with gates, to 1e-4.
+of a tensor, which are too few for a vector register, differently from the rest, so the shape of a step shows in the
+last bit of a gate. Log-probabilities are compared exactly, which holds the logits to it; with gates, to 1e-4.
 """
 
 import dataclasses
