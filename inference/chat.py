@@ -12,7 +12,7 @@ import dataclasses
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 from errors import KestrelError
 from inference.calculator import calculate
@@ -103,6 +103,8 @@ def run_chat(engine: Engine, sampling: SamplingConfig, first: str | None = None)
     """Talk until /quit or the end of the input; `first` is said before anything is read."""
     if sampling.num_samples != 1:
         raise KestrelError(f"mode=chat gives one answer at a time: leave num_samples={sampling.num_samples} out")
+    with suppress(ImportError):  # not on Windows: lines are then typed without history
+        import readline  # noqa: F401  input() edits lines and remembers them once this is imported
     chat = Chat(engine, sampling)
     note(HELP)
     line = first or next_line()

@@ -90,7 +90,7 @@ def assert_same(got: list[Event], want: list[Event], form: str) -> None:
 @pytest.mark.parametrize("form", ["plain with shared heads", "windows", "2026", "llama", "nanofalcon"])
 def test_a_request_in_a_crowd_gets_what_it_gets_alone(form):
     dice = random.Random(form)
-    requests = [random_request(dice) for _ in range(12)]
+    requests = [random_request(dice) for _ in range(8)]
     crowd = run(real(form), requests, dice)
     for request in requests:
         alone, engine = dataclasses.replace(request), real(form)
@@ -106,7 +106,7 @@ def test_a_request_in_a_crowd_gets_what_it_gets_alone(form):
     ids=str,
 )
 def test_how_the_engine_is_set_up_changes_nothing(form, options):
-    requests = [random_request(random.Random(seed)) for seed in range(8)]
+    requests = [random_request(random.Random(seed)) for seed in range(6)]
     again = [dataclasses.replace(request) for request in requests]
     first, second = run(real(form), requests), run(real(form, **options), again)
     for a, b in zip(requests, again):
@@ -122,7 +122,9 @@ def test_a_lone_row_needs_no_company_to_compute_with():
 
 
 def test_greedy_tokens_are_those_of_triton():
-    check_triton(32, torch.device("cpu"), nanochat(depth=1, aspect_ratio=24, sequence_len=64, **NANOCHAT_2026))
+    check_triton(
+        32, torch.device("cpu"), nanochat(depth=1, aspect_ratio=24, head_dim=24, sequence_len=64, **NANOCHAT_2026)
+    )
 
 
 @pytest.mark.gpu
@@ -206,7 +208,7 @@ def test_when_the_cache_is_full_requests_wait_in_order():
 def test_samples_wait_for_rows_and_blocks_without_blocking_each_other():
     for options in (dict(max_rows=2), dict(cache_tokens=32), dict(cache_tokens=40), dict(max_rows=1)):
         engine = real("llama", **options)
-        request = Request(tokens(20).tolist(), SamplingConfig(max_new_tokens=12, num_samples=7, temperature=1.2))
+        request = Request(tokens(20).tolist(), SamplingConfig(max_new_tokens=12, num_samples=5, temperature=1.2))
         (events,) = run(engine, [request]).values()
         assert tokens_of(events) == generate_naive(engine, request.prompt_ids, request.sampling)
 
