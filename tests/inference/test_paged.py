@@ -96,14 +96,15 @@ def test_rows_move_and_narrow_in_the_same_memory(form):
     assert cache.lengths.tolist() == [21, 21, 0]
 
 
-@every_form
-@pytest.mark.parametrize("chunk", [5, 1000])
+@pytest.mark.parametrize(
+    ("form", "chunk"), [("plain", 5), ("windows", 1000), ("backout", 16), ("2026", 5), ("smear", 1000), ("llama", 5)]
+)
 def test_a_known_prefix_gives_what_reading_it_gives(form, chunk):
     """Bit for bit but for gates, whose sigmoid rounds as the shape of its tensor wants (test_serving.py)."""
     has_gates = getattr(FORMS[form], "smear", False) or getattr(FORMS[form], "value_embeds", False)
     model, ids = awake(FORMS[form]), tokens(100).tolist()
     found = []
-    for known in (0, 1, 40, 99):  # how many tokens a prompt before had in common with this one
+    for known in (0, 40, 99):  # how many tokens a prompt before had in common with this one
         pool = BlockPool(40, PAGE)
         cache = PagedCache(model, 40, PAGE)
         prefill = Prefill(model, cache, pool, reuse=True)

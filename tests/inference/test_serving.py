@@ -99,10 +99,15 @@ def test_a_request_in_a_crowd_gets_what_it_gets_alone(form):
         assert tokens_of(crowd[request]) == generate_naive(engine, request.prompt_ids, request.sampling)
 
 
-@pytest.mark.parametrize("form", ["residual lambdas", "2026", "llama tied with shared heads"])
 @pytest.mark.parametrize(
-    "options",
-    [dict(lag=1), dict(page=32), dict(reuse_prefixes=False), dict(cache_tokens=200), dict(prefill_chunk=1000)],
+    ("form", "options"),
+    [
+        ("2026", dict(lag=1)),
+        ("llama tied with shared heads", dict(page=32, lag=1)),
+        ("2026", dict(reuse_prefixes=False)),
+        ("residual lambdas", dict(reuse_prefixes=False, prefill_chunk=1000)),
+        ("2026", dict(cache_tokens=200)),
+    ],
     ids=str,
 )
 def test_how_the_engine_is_set_up_changes_nothing(form, options):
