@@ -78,16 +78,34 @@ class RunConfig:
             )
 
 
+MODES = ("generate", "chat", "batch")
+
+
 @dataclass
 class InferConfig(SamplingConfig):
     """Everything `infer.py` needs beside what the checkpoint says: how to sample, and on what."""
 
+    mode: str = "generate"
     ckpt: Optional[str] = None
     prompt: Optional[str] = None
     stream: bool = True  # show tokens as they come; false: the whole text at the end
+    input: Optional[str] = None  # of mode=batch, like the next two
+    output: Optional[str] = None
+    max_rows: int = 16
     runs_dir: str = "runs"
     kernels: KernelConfig = MISSING
     hardware: HardwareConfig = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
+        if self.max_rows < 1:
+            raise KestrelError(f"max_rows must be at least 1, got {self.max_rows}")
+
+    def sampling(self) -> SamplingConfig:
+        """How to sample, and nothing else."""
+        return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Continue a text with a trained model: `python infer.py prompt="Once upon a time"`.
+"""Continue a text with a trained model, talk with it, or answer a file: `python infer.py prompt="Once upon a time"`.
 
 The newest run answers, or the one that `ckpt=` names. What the model is comes from its checkpoint, which is read as
 data and verified. conf/infer.yaml lists every key.
@@ -6,6 +6,8 @@ data and verified. conf/infer.yaml lists every key.
     python infer.py                                     a story from its beginning
     python infer.py prompt="No, (not) me: said the fox" temperature=0.5 num_samples=3
     echo "The old mill" | python infer.py max_new_tokens=100 > story.txt
+    python infer.py mode=chat
+    python infer.py mode=batch input=prompts.jsonl output=answers.jsonl
 """
 
 import os
@@ -27,6 +29,8 @@ from checkpoint import Checkpoint
 from config import InferConfig, run_command
 from data.tokenizer import tokenizer_from_json
 from errors import KestrelError
+from inference.batch import run_batch
+from inference.chat import run_chat
 from inference.console import close_quietly, note, read_prompt, tell
 from inference.engine import Engine, cast_weights
 from model import LanguageModel, build, config_from_dict
@@ -34,7 +38,13 @@ from model.ops import Ops, describe_ops, load_ops
 from training import distributed
 from training.distributed import Device, HardwareConfig
 
-RAW_KEYS = ("prompt", "ckpt", "runs_dir")  # taken as typed, whatever quotes, commas or brackets they hold
+RAW_KEYS = (
+    "prompt",
+    "ckpt",
+    "runs_dir",
+    "input",
+    "output",
+)  # taken as typed, whatever quotes, commas or brackets they hold
 
 # A second CPU thread does not make a token of such a model faster: d2 takes 1.6 ms with one and with two. But threads
 # wait for each other at every product, and on a busy machine with two cores that made one token in ten take 280 ms.
@@ -42,12 +52,9 @@ SMALL_MODEL = 10_000_000  # parameters
 
 
 def main(config: InferConfig) -> None:
-    """Find the checkpoint, load it, tell the story; 130 is the exit status of a program stopped by Ctrl-C."""
+    """Find the checkpoint, load it, do what the mode says; 130 is the exit status of a program stopped by Ctrl-C."""
     try:
-        engine = load_engine(config)
-        prompt = read_prompt(config.prompt)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        complete = tell(engine, prompt, config, stream=config.stream)
+        complete = {"generate": generate, "chat": chat, "batch": batch}[config.mode](config)
     except BrokenPipeError:
         close_quietly()
         return
@@ -55,6 +62,42 @@ def main(config: InferConfig) -> None:
         complete = False
     if not complete:
         sys.exit(130)
+
+
+def generate(config: InferConfig) -> bool:
+    """Continue one prompt. → False if interrupted, like those below"""
+    refuse(config, "input", "output")
+    engine = load_engine(config)
+    prompt = read_prompt(config.prompt)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return tell(engine, prompt, config, stream=config.stream)
+
+
+def chat(config: InferConfig) -> bool:
+    """Talk, beginning with the prompt if there is one."""
+    refuse(config, "input", "output")
+    engine = load_engine(config)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    run_chat(engine, config.sampling(), config.prompt)
+    return True
+
+
+def batch(config: InferConfig) -> bool:
+    """Answer the lines of a file."""
+    refuse(config, "prompt")
+    for key in ("input", "output"):
+        if not getattr(config, key):
+            raise KestrelError(f"mode=batch needs {key}=: input= has a prompt on every line, output= gets the answers")
+    engine = load_engine(config)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    return run_batch(engine, config.sampling(), Path(config.input).expanduser(), Path(config.output).expanduser())
+
+
+def refuse(config: InferConfig, *keys: str) -> None:
+    """Refuse keys that would mean nothing in this mode."""
+    for key in keys:
+        if getattr(config, key) is not None:
+            raise KestrelError(f"{key}= means nothing with mode={config.mode}: leave it out")
 
 
 def load_engine(config: InferConfig) -> Engine:
@@ -72,7 +115,8 @@ def load_engine(config: InferConfig) -> Engine:
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
         f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: {describe_ops(config.kernels)}"
     )
-    return Engine(model, tokenizer)
+    max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
+    return Engine(model, tokenizer, max_rows=max_rows)
 
 
 def check_hardware(hardware: HardwareConfig) -> None:

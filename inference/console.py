@@ -10,8 +10,10 @@ import stat
 import sys
 
 from errors import KestrelError
-from inference.engine import Engine, Stopwatch, TextStream
+from inference.engine import Engine
 from inference.sampling import SamplingConfig
+from inference.stopwatch import Stopwatch
+from inference.text import TextStream
 
 PATIENCE_S = 1.0  # how long a pipe nobody mentioned may take to say something; some are open and silent for ever
 
@@ -38,21 +40,13 @@ def tell(engine: Engine, prompt: str, sampling: SamplingConfig, *, stream: bool 
         complete = False
     for i, (text, told) in enumerate(zip(streams, pieces)):
         show((title(i, len(streams)) if i > 0 else "") + "".join(told) + text.finish() + "\n")
-    note(summary(stopwatch) + ("" if complete else ", interrupted"))
+    note(stopwatch.summary() + ("" if complete else ", interrupted"))
     return complete
 
 
 def title(index: int, count: int) -> str:
     """What stands above one of several samples."""
     return f"--- sample {index + 1} of {count} ---\n" if count > 1 else ""
-
-
-def summary(stopwatch: Stopwatch) -> str:
-    """How much was told, and how fast."""
-    return (
-        f"{stopwatch.n_tokens} tokens, {stopwatch.tokens_per_s:.1f} tokens/s, "
-        f"first token after {1000 * stopwatch.first_token_s:.0f} ms"
-    )
 
 
 def show(text: str) -> None:

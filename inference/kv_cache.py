@@ -1,4 +1,7 @@
-"""Keys and values of the tokens already seen, one set per layer, so that a new token costs one token.
+"""Keys and values of the tokens already seen, one set per layer, so that a new token costs one token: one piece a row.
+
+The simplest cache a model can have, for a notebook, the samples of a training run, and the tests that hold every other
+way of decoding to it. The engine keeps its rows in pages instead (paged_cache.py).
 
 Everything is allocated once and never moves. How many tokens a row holds is known on the device only (`lengths`), so
 rows may differ and no step waits for the host; `filled`, an upper bound of all lengths, is counted on the host and
@@ -21,6 +24,8 @@ class KVCache:
     k, v       [L, B, S, Hkv, D]
     lengths    [B] int32, on the device: how many tokens each row holds
     """
+
+    block_table = None  # rows lie in one piece
 
     def __init__(
         self,
@@ -84,7 +89,7 @@ class KVCache:
             self.state[name] = torch.zeros_like(like)
         return self.state[name]
 
-    def remember(self, name: str, value: Tensor) -> None:
+    def remember(self, name: str, value: Tensor, after_each: Tensor | None = None) -> None:
         """Keep `value` for the next call, in the memory it always had (a captured graph reads the same address)."""
         self.state[name].copy_(value)
 

@@ -38,13 +38,23 @@ def attention_decode(
     Raises ValueError for shapes that do not fit together, lengths that are not integers, and a negative window.
     """
     check_attention_decode(q, k_cache, v_cache, lengths, window)
+    valid = is_valid(k_cache, lengths)
+    k, v = (torch.where(valid, cache, 0) for cache in (k_cache, v_cache))
+    return attend(q, k, v, lengths, window, scale)
+
+
+def is_valid(cache: Tensor, lengths: Tensor) -> Tensor:
+    """Which entries of a cache [B, S, Hkv, D] count, [B, S, 1, 1]."""
+    return (torch.arange(cache.shape[1], device=cache.device) < lengths[:, None])[:, :, None, None]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, window: int | None, scale: float | None) -> Tensor:
+    """Attention over a cache that holds nothing but numbers."""
     if q.shape[0] == 0:  # SDPA under a mask returns None for no rows in half precision on a GPU
         return torch.empty_like(q)
-    Tn, S = q.shape[1], k_cache.shape[1]
+    Tn, S = q.shape[1], k.shape[1]
     o_s = torch.arange(S, device=q.device)
     positions = (lengths[:, None] - Tn) + torch.arange(Tn, device=q.device)  # [B, Tn]
-    valid = (o_s < lengths[:, None])[:, :, None, None]  # [B, S, 1, 1]
-    k, v = (torch.where(valid, cache, 0) for cache in (k_cache, v_cache))
     exists = (positions >= 0)[:, :, None, None]  # [B, Tn, 1, 1]
     mask = visible(positions[:, :, None], o_s, window).unsqueeze(1)  # [B, 1, Tn, S]
     out = fused_attention(q, k, v, mask, is_causal=False, scale=scale)
@@ -71,8 +81,11 @@ def attention_decode_paged(
     → [B, Tn, H, D]
     """
     check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window)
-    k_cache, v_cache = (in_order(pages, block_table) for pages in (k_pages, v_pages))
-    return attention_decode(q, k_cache, v_cache, lengths, window=window, scale=scale)
+    k, v = (in_order(pages, block_table) for pages in (k_pages, v_pages))
+    valid = is_valid(k, lengths)
+    for copy in (k, v):  # in place: a second copy would take as long as all the rest
+        copy.masked_fill_(~valid, 0)
+    return attend(q, k, v, lengths, window, scale)
 
 
 def in_order(pages: Tensor, block_table: Tensor) -> Tensor:

@@ -221,7 +221,7 @@ class Nanochat(LanguageModel):
         previous = None if cache is None else cache.recall("embedding", like=x[:, :1])
         y = self.ops.smear(x, self.smear_gate.weight, self.smear_lambda, previous=previous, doc_ids=doc_ids)
         if cache is not None:
-            cache.remember("embedding", last_real(previous, x, new_tokens))
+            cache.remember("embedding", last_real(previous, x, new_tokens), after_each=x)
         return y
 
     def initial_value(self, name: str) -> Init:

@@ -37,6 +37,7 @@ class Ops:
     qk_norm_rope_append: Callable
     attention: Callable
     attention_decode: Callable
+    attention_decode_paged: Callable
     relu2_mlp: Callable
     swiglu_mlp: Callable
     linear_cross_entropy: Callable
@@ -46,7 +47,8 @@ class Ops:
     adamw_update: Callable
 
 
-OP_NAMES = [f.name for f in fields(Ops)]
+FORMS = {"attention_decode_paged": "attention_decode"}  # the same op against pages: chosen by the same key
+OP_NAMES = [f.name for f in fields(Ops) if f.name not in FORMS]
 SAME_AS_BACKEND = "${.backend}"  # OmegaConf resolves it; without OmegaConf it means the same
 
 # One field per op, each following `backend` unless set: `kernels=triton kernels.attention=torch`.
@@ -68,6 +70,7 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
             "Triton's interpreter is silently wrong in bfloat16: take hardware.dtype=float32, or kernels=torch"
         )
     chosen = chosen_backends(config)
+    chosen |= {form: chosen[op] for form, op in FORMS.items()}
     modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
     for op, backend in chosen.items():
@@ -115,7 +118,7 @@ def find_op(module: ModuleType, op: str) -> Callable:
     if op in module.__all__:
         return getattr(module, op)
     has = ", ".join(name for name in OP_NAMES if name in module.__all__)
-    raise KestrelError(f"{module.__name__} has no {op}, only {has}: add kernels.{op}=torch")
+    raise KestrelError(f"{module.__name__} has no {op}, only {has}: add kernels.{FORMS.get(op, op)}=torch")
 
 
 def is_interpreted() -> bool:
@@ -150,7 +153,7 @@ def prove(op: str, function: Callable, device: torch.device, dtype: torch.dtype 
     """
     reference = getattr(import_module("kernels_torch"), op)
     case = import_module("kernels_torch.cases").CASES[op]
-    remedy = f"take kernels.{op}=torch"
+    remedy = f"take kernels.{FORMS.get(op, op)}=torch"
     for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

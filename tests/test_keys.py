@@ -12,6 +12,7 @@ import contextlib
 import copy
 import hashlib
 import inspect
+import io
 import json
 import os
 import signal
@@ -39,9 +40,9 @@ import train
 from config import InferConfig, RunConfig, compose
 from data import sources
 from errors import KestrelError
-from inference import console
+from inference import chat, console
 from model import build
-from model.ops import OP_NAMES, describe_ops
+from model.ops import FORMS, OP_NAMES, describe_ops
 from tests.model.tiny import VOCAB, tokens, torch_ops
 from training import distributed, loop, report
 from training.distributed import Device
@@ -88,6 +89,7 @@ TINY_2026 = (
 )
 FILES = "data.files=[stories.jsonl,more.jsonl]"
 READ = ("tokenizer=byte", "data.cache_dir=cache")
+BATCH = ("mode=batch", "prompt=null", "input=prompts.jsonl", "output=answers.jsonl")
 TELL = ("runs_dir={runs}", "prompt=abcab", "max_new_tokens=12", "hardware=cpu")
 
 # What goes with every flip of a dataclass's keys.
@@ -258,8 +260,14 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "top_k": Flip("2", "told"),
         "top_p": Flip("0.1", "told"),
         "repetition_penalty": Flip("4", "told"),
+        "frequency_penalty": Flip("4", "told"),
+        "presence_penalty": Flip("4", "told"),
         "seed": Flip("1", "told"),
         "num_samples": Flip("2", "told"),
+        "mode": Flip("chat", "told"),
+        "input": Flip("others.jsonl", "answered", BATCH),
+        "output": Flip("elsewhere.jsonl", "answered", BATCH),
+        "max_rows": Flip("2", "engine_rows", BATCH),
         "ckpt": Flip("{runs}/a", "told"),
         "prompt": Flip("xyz", "told"),
         "stream": Flip("false", "told_in_pieces"),
@@ -442,6 +450,8 @@ def write_files(folder: Path) -> None:
     for name, animal, count in (("stories", "fox", 150), ("more", "owl", 60), ("held", "hen", 30)):
         lines = [{"text": f"The {animal} counts {i * i}.", "story": f"Night {i} of the {animal}"} for i in range(count)]
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    for name, prompt in (("prompts", "ab"), ("others", "ba")):
+        (folder / f"{name}.jsonl").write_text(json.dumps({"prompt": prompt}) + "\n")
     (folder / "book.txt").write_text("A road of yellow bricks. " * 40)
     (folder / "novel.txt").write_text("A wood of silver trees. " * 40)
     for path in folder.iterdir():
@@ -595,7 +605,8 @@ class Witness:
             return fake
 
         module = types.ModuleType("kernels_fake")
-        module.__dict__.update({op: noting(op) for op in OP_NAMES}, __all__=OP_NAMES)
+        names = [*OP_NAMES, *FORMS]
+        module.__dict__.update({op: noting(op) for op in names}, __all__=names)
         self.patch.setitem(sys.modules, "kernels_fake", module)
         for backend in ("torch", "fake"):
             (self.here / f"kernels_{backend}").mkdir()
@@ -614,9 +625,19 @@ class Witness:
 
     def _pieces(self, run: InferConfig) -> list[str]:
         pieces: list[str] = []
-        self.patch.setattr(console, "show", pieces.append)
+        for place in (console, chat):
+            self.patch.setattr(place, "show", pieces.append)
+        self.patch.setattr(sys, "stdin", io.StringIO())
         infer.main(run)
         return pieces
+
+    def answered(self, run: InferConfig) -> dict[str, str]:
+        """The answers to a file of prompts, and where they are."""
+        infer.main(run)
+        return {path.name: path.read_text() for path in self.here.glob("*.jsonl") if "samples" in path.read_text()}
+
+    def engine_rows(self, run: InferConfig) -> int:
+        return infer.load_engine(run).max_rows
 
     def engine_ops(self, run: InferConfig) -> dict[str, str]:
         """Where each op of the model comes from."""

@@ -16,7 +16,7 @@ from data.documents import TokenShards
 from data.tokenizer import Tokenizer
 from errors import KestrelError
 from evals.bits_per_byte import evaluate
-from inference.engine import sample_text
+from inference.simple import sample_text
 from model.language_model import LanguageModel
 from optim.muon_adamw import MuonAdamW
 from training.distributed import Device, broadcast_object

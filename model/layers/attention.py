@@ -13,17 +13,19 @@ from model.ops import Ops
 
 
 class Cache(Protocol):
-    """What a model asks of its key-value cache; inference/kv_cache.py is the one we have."""
+    """What a model asks of its key-value cache: inference/kv_cache.py in one piece, paged_cache.py in pages."""
 
+    block_table: Tensor | None  # [B, n] integers: the pages of each row; None: rows lie in one piece
     lengths: Tensor  # [B] int32: tokens each row holds, that is the position of its next token
     ends: Tensor  # [B] int32: lengths plus the tokens of the call in progress
     is_empty: bool  # no row holds a token yet, known without asking the device
 
     def reserve(self, n_tokens: int) -> None: ...
-    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]: ...
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]: ...  # in one piece
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...  # in pages
     def advance(self, n_tokens: int | Tensor) -> None: ...
     def recall(self, name: str, like: Tensor) -> Tensor: ...
-    def remember(self, name: str, value: Tensor) -> None: ...
+    def remember(self, name: str, value: Tensor, after_each: Tensor | None = None) -> None: ...
 
 
 class Attention(nn.Module):
@@ -95,6 +97,10 @@ class Attention(nn.Module):
 
     def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
         """Attention over the tokens given, which join the cache, and those before them."""
+        if cache.block_table is not None:
+            q, k = self.ops.qk_norm_rope(q, k, cos, sin, start=cache.lengths, eps=self.qk_eps, scale=self.qk_scale)
+            pages = cache.append(self.layer, k, v)
+            return self.ops.attention_decode_paged(q, *pages, cache.block_table, cache.ends, window=self.window)
         kv = cache.of_layer(self.layer)
         q, k_all, v_all = self.ops.qk_norm_rope_append(
             q, k, v, *kv, cos, sin, cache.lengths, eps=self.qk_eps, scale=self.qk_scale

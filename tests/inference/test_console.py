@@ -77,10 +77,10 @@ def test_ctrl_c_ends_the_line_and_shows_what_was_told(monkeypatch, capsys):
     engine = scripted(b"abcdefgh", b"axxxxxxx")
     decode = engine.model.decode
 
-    def interrupted(tokens, cache):
+    def interrupted(tokens, cache, **options):
         if engine.model.calls == 3:
             raise KeyboardInterrupt
-        return decode(tokens, cache)
+        return decode(tokens, cache, **options)
 
     monkeypatch.setattr(engine.model, "decode", interrupted)
     assert not tell(engine, ">", SamplingConfig(max_new_tokens=8, temperature=0, num_samples=2))

@@ -9,9 +9,13 @@ from hypothesis import strategies as st
 
 from data.tokenizer import TokenizerConfig, train_tokenizer
 from errors import KestrelError
-from inference import engine as engine_module
-from inference.engine import Engine, Stopwatch, TextStream, cast_weights, generate_naive, recent_tokens, sample_text
-from inference.sampling import SamplingConfig
+from inference import sampling as sampling_module
+from inference import stopwatch as stopwatch_module
+from inference.engine import Engine, cast_weights
+from inference.sampling import SamplingConfig, recent_tokens
+from inference.simple import generate_naive, sample_text
+from inference.stopwatch import Stopwatch
+from inference.text import TextStream
 from tests.inference.scripted import BOS, BYTES, END, Scripted, scripted
 from tests.model.tiny import FORMS, awake, tokens
 
@@ -45,7 +49,7 @@ def test_greedy_tokens_equal_naive_generation(form):
 @pytest.mark.parametrize("form", ["plain", "2026", "llama"])
 def test_every_sample_of_a_batch_equals_that_sample_alone(form, monkeypatch):
     """Naive generation runs samples one by one; a short penalty window shows whether the history moves on."""
-    monkeypatch.setattr(engine_module, "PENALTY_WINDOW", 7)
+    monkeypatch.setattr(sampling_module, "PENALTY_WINDOW", 7)
     engine, prompt = real(form), tokens(9).tolist()
     engine.stop_ids = {*range(0, 265, 8)}  # some samples end early, some do not
     sampling = SamplingConfig(
@@ -74,7 +78,7 @@ def test_each_token_is_fed_once_and_the_prompt_for_all_samples_together():
 
 
 def test_first_tokens_of_samples_are_drawn_independently():
-    first = next(scripted().generate([1], dataclasses.replace(ANYTHING, num_samples=200)))
+    first = next(scripted(max_rows=200).generate([1], dataclasses.replace(ANYTHING, num_samples=200)))
     assert len(first) == 200
     drawn = {token for token in first if token is not None}
     # 200 of 265 equally likely tokens leave 265 · (1 − 1/265)^200 = 124 ± 5 unseen
@@ -97,18 +101,19 @@ def test_seeds_reproduce_and_differ():
 
 def test_repetition_penalty_makes_greedy_move_on():
     engine = scripted([5, 5, 5, 5])
-    engine.model.decode = lambda tokens, cache: torch.tensor([[0.0] * 3 + [1.0, 1.5, 2.0] + [0.0] * 259])
+    engine.model.decode = lambda tokens, cache, new_tokens=None: torch.tensor(
+        [[0.0] * 3 + [1.0, 1.5, 2.0] + [0.0] * 259] * len(tokens)
+    )
     sampling = SamplingConfig(max_new_tokens=3, temperature=0, repetition_penalty=3.0)
     assert rows_of(engine.generate([1], sampling)) == [[5, 4, 3]]
     assert rows_of(engine.generate([4], sampling)) == [[5, 3, 5]]  # all three are known now: 2/3, 1.5/3, 1/3
 
 
 def test_only_the_newest_tokens_count_as_repeated_and_no_stop_tokens():
-    window = engine_module.PENALTY_WINDOW
+    window = sampling_module.PENALTY_WINDOW
     assert window == 512
-    recent = recent_tokens([BOS, *range(5), END], {BOS, END}, torch.device("cpu"))
-    assert recent.tolist() == [[-1] * (window - 7) + [-1, 0, 1, 2, 3, 4, -1]]
-    assert recent_tokens(list(range(600)), set(), torch.device("cpu")).tolist() == [list(range(88, 600))]
+    assert recent_tokens([BOS, *range(5), END], {BOS, END}) == [-1] * (window - 7) + [-1, 0, 1, 2, 3, 4, -1]
+    assert recent_tokens(list(range(600)), set()) == list(range(88, 600))
 
 
 # Where it ends.
@@ -175,8 +180,9 @@ def test_without_a_number_it_tells_what_fits_and_at_most_512():
     unlimited = SamplingConfig(temperature=0)
     engine = scripted([1] * 1000)
     assert len(list(engine.generate([1] * 30, unlimited))) == 70
-    engine = scripted([1] * 1000)
-    engine.model.context_len = 1000
+    model = Scripted([1] * 1000)
+    model.context_len = 1000
+    engine = Engine(model, BYTES)
     assert len(list(engine.generate([1] * 30, unlimited))) == 512
 
 
@@ -187,9 +193,7 @@ def test_a_model_with_another_vocabulary_is_refused():
 
 def test_cache_is_in_the_models_dtype():
     engine = real("plain", torch.bfloat16)
-    _, cache = engine.prefill([1, 2], 5, 3)
-    assert cache.k.dtype == torch.bfloat16
-    assert (cache.batch, cache.max_len) == (3, 7)
+    assert engine.cache.k.dtype == engine.cache.v.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("form", ["2026 with shared heads", "llama tied with shared heads"])
@@ -253,7 +257,7 @@ def test_an_emoji_over_several_tokens_comes_whole_and_a_cut_one_is_marked():
 
 def test_stopwatch_counts_what_passes(monkeypatch):
     clock = iter([10.0, 12.0, 13.0, 16.0])
-    monkeypatch.setattr(engine_module.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(stopwatch_module.time, "perf_counter", lambda: next(clock))
     stopwatch = Stopwatch()
     columns = [[1, 2], [3, None], [4, None]]
     assert list(stopwatch.watch(columns)) == columns

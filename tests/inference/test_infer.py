@@ -119,6 +119,7 @@ def test_the_yaml_says_what_the_defaults_of_the_code_are():
     for field in dataclasses.fields(SamplingConfig):
         assert getattr(config, field.name) == field.default, field.name
     assert (config.prompt, config.ckpt, config.stream) == (None, None, True)
+    assert (config.mode, config.input, config.output, config.max_rows) == ("generate", None, None, 16)
 
 
 @pytest.mark.parametrize(
@@ -133,6 +134,14 @@ def test_the_yaml_says_what_the_defaults_of_the_code_are():
         (["num_samples=0"], ["num_samples", "0"]),
         (["seed=-2"], ["seed", "-2"]),
         (["repetition_penalty=0"], ["repetition_penalty", "0"]),
+        (["frequency_penalty=101"], ["frequency_penalty", "101"]),
+        (["presence_penalty=-101"], ["presence_penalty", "-101"]),
+        (["mode=talk"], ["mode", "talk", "chat"]),
+        (["mode=batch"], ["input="]),
+        (["mode=batch", "input=a.jsonl"], ["output="]),
+        (["mode=batch", "max_rows=0"], ["max_rows", "0"]),
+        (["mode=batch", "prompt=a"], ["prompt=", "batch"]),
+        (["input=a.jsonl"], ["input=", "generate"]),
         (["stream=maybe"], ["stream", "maybe"]),
         (["hardware.dtype=fp8"], ["hardware.dtype", "fp8"]),
         (["kernels=cuda"], ["cuda", "torch", "triton"]),
@@ -221,15 +230,30 @@ def test_a_config_that_is_not_ours_is_refused(tmp_path):
             infer.load_engine(config_for(ckpt=tmp_path / name))
 
 
+TOLD: dict[str, str] = {}  # by the last override: the usual story is told once
+
+
 @pytest.mark.parametrize(
     "override",
-    ["max_new_tokens=5", "temperature=0", "temperature=2", "top_k=2", "top_p=0.3", "repetition_penalty=9", "seed=1"],
+    [
+        "max_new_tokens=5",
+        "temperature=0",
+        "temperature=2",
+        "top_k=2",
+        "top_p=0.3",
+        "repetition_penalty=9",
+        "seed=1",
+        "frequency_penalty=3",
+        "presence_penalty=5",
+    ],
 )
 def test_every_sampling_key_changes_the_story(override, runs, capsys):
     stories = []
     for overrides in (["max_new_tokens=60"], ["max_new_tokens=60", override]):
-        infer.main(config_for(*overrides, runs_dir=runs, prompt="The "))
-        stories.append(capsys.readouterr().out)
+        if overrides[-1] not in TOLD:
+            infer.main(config_for(*overrides, runs_dir=runs, prompt="The "))
+            TOLD[overrides[-1]] = capsys.readouterr().out
+        stories.append(TOLD[overrides[-1]])
     assert stories[0] != stories[1]
 
 

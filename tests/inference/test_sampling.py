@@ -8,7 +8,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from errors import KestrelError
-from inference.sampling import SamplingConfig, final_scores, gumbel, gumbel_noise, mix, sample
+from inference.sampling import (
+    Plan,
+    SamplingConfig,
+    final_scores,
+    gumbel,
+    gumbel_noise,
+    log_probabilities,
+    mix,
+    sample,
+    settings_of,
+)
 from tests.model.test_decode import NoHostSync
 
 PLAIN = {"temperature": 1.0, "top_k": 0}
@@ -121,6 +131,45 @@ def test_penalty_comes_before_temperature_and_top_k():
     logits, history = torch.tensor([[4.0, 3, 0]]), torch.tensor([[0]])
     config = SamplingConfig(temperature=0.5, top_k=1, repetition_penalty=2.0)
     assert final_scores(logits, config, history).tolist() == [[-torch.inf, 0, -torch.inf]]
+
+
+def test_frequency_counts_every_time_and_presence_once():
+    logits, history = torch.tensor([[1.0, -1, 2, 3]] * 2), torch.tensor([[0, 0, 1, -1], [2, 2, 2, 2]])
+    config = SamplingConfig(temperature=0, frequency_penalty=0.5, presence_penalty=0.25)
+    expected = [[1 - 1.25, -1 - 0.75, 2, 3], [1, -1, 2 - 2.25, 3]]
+    assert final_scores(logits, config, history).tolist() == expected
+    config = SamplingConfig(temperature=0, repetition_penalty=2, frequency_penalty=0.5, presence_penalty=-0.25)
+    assert final_scores(logits, config, history)[0].tolist() == [0.5 - 1 + 0.25, -2 - 0.5 + 0.25, 2, 3]
+
+
+# Rows with settings of their own.
+
+
+def test_every_row_keeps_what_its_own_settings_say():
+    configs = [
+        SamplingConfig(temperature=temperature, top_k=top_k, top_p=top_p)
+        for temperature in (0, 0.5, 1)
+        for top_k in (0, 1, 3, 99)
+        for top_p in (0.4, 0.9, 1)
+    ]
+    logits, n = torch.randn(1, 12), len(configs)
+    parts = [settings_of(config, 1, "cpu") for config in configs]
+    together = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    scores = final_scores(logits.expand(n, -1), together, plan=Plan.of(configs))
+    drawn = sample(logits.expand(n, -1), together, Plan.of(configs), rows=torch.zeros(n, dtype=torch.int64), step=3)
+    for row, config in enumerate(configs):
+        assert drawn[row] == sample(logits, config, step=3)[0]
+        if config.temperature > 0:
+            assert scores[row].equal(final_scores(logits, config)[0])
+
+
+def test_log_probabilities_are_of_the_logits_as_they_are():
+    logits, ids = torch.randn(3, 9), torch.tensor([4, 0, 8])
+    log_p, top, top_ids = log_probabilities(logits, ids, 2)
+    assert log_p.equal(logits.log_softmax(-1)[torch.arange(3), ids])
+    assert top_ids.equal(logits.topk(2).indices)
+    assert top.equal(logits.log_softmax(-1).topk(2).values)
+    assert log_probabilities(logits, ids)[1].shape == (3, 0)
 
 
 # The draw.
@@ -239,7 +288,7 @@ def test_half_precision_logits_are_judged_in_fp32():
     assert sample(logits, SamplingConfig()).equal(sample(logits.float(), SamplingConfig()))
 
 
-EVERYTHING = SamplingConfig(temperature=0.9, top_k=7, top_p=0.8, repetition_penalty=1.3)
+EVERYTHING = SamplingConfig(temperature=0.9, top_k=7, top_p=0.8, repetition_penalty=1.3, frequency_penalty=0.1)
 
 
 def test_sampling_never_waits_for_the_device():
@@ -279,6 +328,9 @@ def test_a_gpu_draws_what_the_cpu_draws_without_waiting(device):
         ("repetition_penalty", 0.0),
         ("repetition_penalty", -1.0),
         ("repetition_penalty", math.inf),
+        ("frequency_penalty", math.nan),
+        ("frequency_penalty", 101.0),
+        ("presence_penalty", -101.0),
         ("max_new_tokens", 0),
         ("max_new_tokens", -5),
         ("num_samples", 0),

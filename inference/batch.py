@@ -1,0 +1,174 @@
+"""Many prompts from a file: `python infer.py mode=batch input=prompts.jsonl output=answers.jsonl`.
+
+Every line of the input is an object with a "prompt", and whatever it wants otherwise than the command line says: any
+field of SamplingConfig, "stop" (a list of texts), "logprobs" (how many), "tools" (true: the calculator), "id" (copied).
+Every line of the output answers one: {"line", "id", "prompt", "samples": [{"text", "finish", "n_tokens"}, …]}, or
+{"line", "id", "prompt", "error"} if it does not fit. Lines come in the order in which they are done.
+
+The same command goes on where an earlier one stopped: what is answered is skipped, and a last line that was torn in
+the middle is written anew. A line's draws follow from the seed and its number, so nothing depends on where it stopped.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+from errors import KestrelError
+from inference.calculator import calculate
+from inference.console import note
+from inference.engine import Engine
+from inference.request import Event, Request
+from inference.sampling import SamplingConfig
+from inference.stopwatch import Stopwatch
+
+SAMPLING_KEYS = {field.name for field in dataclasses.fields(SamplingConfig)}
+KEYS = {"prompt", "id", "stop", "logprobs", "tools"} | SAMPLING_KEYS
+
+
+def run_batch(engine: Engine, sampling: SamplingConfig, source: Path, target: Path) -> bool:
+    """Answer every line of `source` that `target` does not answer yet → False if interrupted."""
+    lines = read_source(source)
+    done = read_target(target, lines)
+    waiting = [number for number in lines if number not in done]
+    note(f"{source}: {len(lines)} lines, {len(done)} of them answered in {target} before")
+    stopwatch = Stopwatch()
+    with target.open("a", encoding="utf-8") as file:
+        try:
+            for number, answer in answers(engine, sampling, lines, waiting, stopwatch):
+                write(
+                    file, {"line": number, "id": lines[number].get("id"), "prompt": lines[number]["prompt"], **answer}
+                )
+        except KeyboardInterrupt:
+            note(stopwatch.summary() + ", interrupted: the same command goes on from here")
+            return False
+    note(stopwatch.summary())
+    return True
+
+
+def answers(
+    engine: Engine, sampling: SamplingConfig, lines: dict[int, dict], waiting: list[int], stopwatch: Stopwatch
+) -> Iterator[tuple[int, dict]]:
+    """Keep the engine busy with the lines that wait → the number and the answer of each, as soon as it is complete."""
+    numbers: dict[Request, int] = {}
+    told: dict[Request, list[dict]] = {}
+    todo = iter(waiting)
+    while True:
+        while len(engine.queue) < engine.max_rows and (number := next(todo, None)) is not None:
+            try:
+                request = engine.submit(request_of(engine, sampling, lines[number], number))
+            except KestrelError as error:
+                yield number, {"error": str(error)}
+                continue
+            numbers[request] = number
+            told[request] = [new_sample(request) for _ in range(request.sampling.num_samples)]
+        if not engine.has_work:
+            return
+        events = engine.step()
+        if events:
+            stopwatch.count(sum(event.token is not None for event in events))
+        for event in events:
+            samples = told[event.request]
+            take(samples[event.sample], event)
+            if event.finish is not None and all(sample["finish"] for sample in samples):
+                del told[event.request]
+                yield numbers.pop(event.request), {"samples": samples}
+
+
+def request_of(engine: Engine, sampling: SamplingConfig, line: dict, number: int) -> Request:
+    """What a line asks for; by default with draws of its own."""
+    changes = {"seed": (sampling.seed + number) % 2**63} | {key: line[key] for key in SAMPLING_KEYS & line.keys()}
+    return Request(
+        engine.encode(line["prompt"]),
+        dataclasses.replace(sampling, **changes),
+        stop=tuple(line.get("stop", ())),
+        logprobs=line.get("logprobs"),
+        tool=calculate if line.get("tools") else None,
+    )
+
+
+def new_sample(request: Request) -> dict[str, Any]:
+    sample = {"text": "", "finish": None, "n_tokens": 0}
+    return sample if request.logprobs is None else {**sample, "tokens": [], "logprobs": [], "top_logprobs": []}
+
+
+def take(sample: dict[str, Any], event: Event) -> None:
+    """Add an event to the sample it belongs to."""
+    sample["text"] += event.text
+    sample["finish"] = event.finish
+    sample["n_tokens"] += event.token is not None
+    if event.logprob is not None:
+        sample["tokens"].append(event.token)
+        sample["logprobs"].append(event.logprob)
+        sample["top_logprobs"].append(event.top)
+
+
+def write(file: TextIO, answer: dict) -> None:
+    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    file.flush()
+
+
+def read_source(path: Path) -> dict[int, dict]:
+    """The lines of the input that are not empty, by number; what cannot be meant is refused before anything is done."""
+    lines = {}
+    for number, text in enumerate(read_text(path).split("\n"), start=1):
+        if not text.strip():
+            continue
+        try:
+            lines[number] = json.loads(text)
+        except ValueError as error:
+            raise KestrelError(f"{path} line {number} is not JSON: {error}") from error
+        check(lines[number], f"{path} line {number}")
+    return lines
+
+
+def read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise KestrelError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def check(line: Any, where: str) -> None:
+    """Refuse a line that holds something else than what this file says."""
+    if not isinstance(line, dict) or not isinstance(line.get("prompt"), str):
+        raise KestrelError(f'{where} must be an object with a text as "prompt", like {{"prompt": "Once upon a time"}}')
+    if unknown := sorted(line.keys() - KEYS):
+        raise KestrelError(f"{where} has the key {unknown[0]!r}; known keys: {', '.join(sorted(KEYS))}")
+    for key, kind in (("stop", list), ("logprobs", int), ("tools", bool)):
+        if key in line and type(line[key]) is not kind:
+            raise KestrelError(f"{where}: {key} must be a {kind.__name__}, got {line[key]!r:.80}")
+    try:
+        defaults = dataclasses.asdict(SamplingConfig())
+        for key in SAMPLING_KEYS & line.keys():
+            wanted = (int, float) if isinstance(defaults[key], float) else (int,)
+            if type(line[key]) not in wanted and not (key == "max_new_tokens" and line[key] is None):
+                raise KestrelError(f"{key} must be a number, got {line[key]!r:.80}")
+        SamplingConfig(**{key: line[key] for key in SAMPLING_KEYS & line.keys()})
+        Request([], stop=tuple(line.get("stop", ())), logprobs=line.get("logprobs"))
+    except KestrelError as error:
+        raise KestrelError(f"{where}: {error}") from error
+
+
+def read_target(path: Path, lines: dict[int, dict]) -> set[int]:
+    """Which lines are answered already; what a torn last line left is cut off."""
+    if not path.exists():
+        return set()
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    done = set()
+    for text in whole.split(b"\n")[:-1]:
+        try:
+            answer = json.loads(text)
+            number = answer["line"]
+            fits = answer["prompt"] == lines[number]["prompt"]
+        except (ValueError, KeyError, TypeError):
+            fits = False
+        if not fits:
+            raise KestrelError(f"{path} holds something else than answers to this input: name another output=")
+        done.add(number)
+    if len(whole) < len(data):
+        with path.open("r+b") as file:
+            file.truncate(len(whole))
+    return done
