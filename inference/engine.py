@@ -20,7 +20,7 @@ from errors import KestrelError
 from inference.kv_cache import KVCache
 from inference.sampling import PENALTY_WINDOW, SamplingConfig, sample
 from model.language_model import LanguageModel
-from model.layers.linear import Embedding, Linear
+from model.layers.linear import Master
 
 DEFAULT_NEW_TOKENS = 512
 STOPS = ("<|bos|>", "<|assistant_end|>")  # a new document begins; the answer of a chat is over
@@ -141,7 +141,7 @@ def cast_weights(model: LanguageModel) -> LanguageModel:
     For a model that will not be trained: its fp32 masters are gone.
     """
     for module in model.modules():
-        if isinstance(module, Linear | Embedding):
+        if isinstance(module, Master):
             module.weight.data = module.weight.data.to(model.dtype)
     return model.requires_grad_(False)
 
