@@ -19,7 +19,7 @@ from model.config import ModelConfig
 from model.layers.attention import Cache
 from model.layers.linear import Linear, Master
 from model.layers.rope import rotary_tables
-from model.ops import Ops
+from model.ops import Ops, again_in_backward, recomputing
 
 VOCAB_MULTIPLE = 64  # tensor cores want round matrix sizes
 
@@ -86,6 +86,11 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     @property
+    def blocks_in_order(self) -> nn.ModuleList:
+        """The layers."""
+        raise NotImplementedError
+
+    @property
     def head_layer(self) -> Master:
         """Whose weight turns hidden states into logits."""
         raise NotImplementedError
@@ -143,6 +148,19 @@ class LanguageModel(nn.Module):
         weight = self.head_layer.weight_in(x.dtype)[: self.vocab_size]
         z = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def recompute(self, names: list[str]) -> None:
+        """Save memory: what is named is computed again in the backward pass instead of being kept. For training only.
+
+        names   "block": whole blocks, of which the input is kept; or ops, of which all inputs are
+        """
+        ops = recomputing(self.ops, [name for name in names if name != "block"])
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
+        if "block" in names:
+            for block in self.blocks_in_order:
+                block.forward = again_in_backward(block.forward)
 
     def keep_copies(self) -> dict[str, Tensor]:
         """Have a copy in the model's dtype of every matrix that products read; an fp32 model has none.

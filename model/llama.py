@@ -144,6 +144,10 @@ class Llama(LanguageModel):
         raise AssertionError(f"no role for {name}")
 
     @property
+    def blocks_in_order(self) -> nn.ModuleList:
+        return self.blocks
+
+    @property
     def head_layer(self) -> Master:
         return self.tok if self.head is None else self.head
 

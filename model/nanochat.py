@@ -268,6 +268,10 @@ class Nanochat(LanguageModel):
         raise AssertionError(f"no role for {name}")
 
     @property
+    def blocks_in_order(self) -> nn.ModuleList:
+        return self.transformer.h
+
+    @property
     def head_layer(self) -> Master:
         return self.lm_head
 
