@@ -33,8 +33,10 @@ from training.horizon import Horizon, largest_device_batch, plan
 from training.journal import read_rows
 from training.machine import describe_machine, peak_flops
 from training.prepare import prepare_data
+from training.profile import PROFILED, StepProfile, no_profile
 from training.report import Reporter, tensorboard_writer
 from training.run_directory import RunDirectory
+from training.step import CapturedStep, CudaGraphs, Step
 
 REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of the same vocabulary
 
@@ -52,7 +54,7 @@ def main(run: RunConfig) -> None:
     except torch.OutOfMemoryError as error:
         raise KestrelError(
             "the GPU's memory is full: lower hardware.device_batch_size (rows at a time; the step stays the same), "
-            "model.sequence_len or the model's depth"
+            "model.sequence_len or the model's depth, or keep less with hardware.recompute=[block]"
         ) from error
     finally:
         distributed.cleanup()
@@ -73,22 +75,13 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
         directory.path, run.stage, settings(run), model, optimizer, tokenizer, val_shards, horizon, state, reporter,
         device,
     )  # fmt: skip
-    forward = torch.compile(model, dynamic=False) if run.hardware.compile else model
+    step = new_step(run, model, optimizer, horizon, device)
+    profile = new_profile(run, directory, horizon, state, reporter, device)
     try:
         trained = state.step < horizon.num_iterations
         complete = loop.train(
-            forward,
-            optimizer,
-            schedule,
-            batches,
-            horizon,
-            state,
-            run.stage,
-            cadence,
-            reporter,
-            device,
-            run.optim.grad_clip,
-        )
+            step, schedule, batches, horizon, state, run.stage, cadence, reporter, device, profile
+        )  # fmt: skip
     finally:
         batches.close()
         reporter.close()
@@ -116,6 +109,7 @@ def new_model(run: RunConfig, tokenizer: Tokenizer, ops: Ops, device: Device) ->
     model = build(run.model, tokenizer.vocab_size, ops, device.dtype)
     model.to_empty(device=device.device)
     model.init_weights(run.seed)
+    model.recompute(run.hardware.recompute)
     return model
 
 
@@ -159,7 +153,9 @@ def new_optimizer(run: RunConfig, model: LanguageModel, horizon: Horizon, ops: O
         lr_scale=horizon.lr_scale,
         weight_decay=horizon.weight_decay,
     )
-    return MuonAdamW(groups, ops, compute_dtype=device.dtype)
+    return MuonAdamW(
+        groups, ops, compute_dtype=device.dtype, copies=model.keep_copies(), rates_on_device=device.cuda_graph or None
+    )
 
 
 def restore(start: Path | None, model: LanguageModel, optimizer: MuonAdamW, device: Device) -> TrainState:
@@ -172,6 +168,7 @@ def restore(start: Path | None, model: LanguageModel, optimizer: MuonAdamW, devi
     with torch.no_grad():
         for name, parameter in weights.items():
             parameter.copy_(tensors[name])
+    model.refresh_copies()
     optimizer.load_state_tensors(checkpoint.load_tensors(start, "optimizer", optimizer.state_spec()))
     state = TrainState.from_json(saved.state)
     checkpoint.restore_rng(state.rng, device.device)
@@ -194,6 +191,25 @@ def training_batches(
         device=device.device,
         bos_id=tokenizer.bos_id,
     )
+
+
+def new_step(run: RunConfig, model: LanguageModel, optimizer: MuonAdamW, horizon: Horizon, device: Device) -> Step:
+    """What the device does in a step: started kernel by kernel, or captured in CUDA graphs."""
+    forward = torch.compile(model, dynamic=False) if run.hardware.compile else model
+    options = dict(accumulation=horizon.accumulation, device=device.device, grad_clip=run.optim.grad_clip)
+    if not device.cuda_graph:
+        return Step(forward, optimizer, **options)
+    return CapturedStep(forward, optimizer, capture=CudaGraphs(), capture_update=device.world_size == 1, **options)
+
+
+def new_profile(
+    run: RunConfig, directory: RunDirectory, horizon: Horizon, state: TrainState, reporter: Reporter, device: Device
+) -> StepProfile:
+    """Rank 0 profiles a step of its own, the last one if the run is over before that."""
+    if not run.hardware.profile or not device.is_main:
+        return no_profile()
+    at_step = min(state.step + PROFILED, horizon.num_iterations - 1)
+    return StepProfile(directory.path, device.device, at_step, reporter.say)
 
 
 def new_reporter(
@@ -225,6 +241,7 @@ def new_reporter(
         | {
             "dtype": str(device.dtype),
             "ranks": device.world_size,
+            "cuda_graph": device.cuda_graph,
             "seed": run.seed,
             "kernels": chosen_backends(run.kernels),
         }

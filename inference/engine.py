@@ -38,7 +38,7 @@ from inference.rows import NOT_FORCED, DecodeStep, Drawn, Rows
 from inference.sampling import Plan, SamplingConfig, recent_tokens
 from model.cost import kv_bytes_per_token
 from model.language_model import LanguageModel
-from model.layers.linear import Embedding, Linear
+from model.layers.linear import Master
 
 DEFAULT_NEW_TOKENS = 512
 STOPS = ("<|bos|>", "<|assistant_end|>")  # a new document begins; the answer of a chat is over
@@ -406,6 +406,6 @@ def cast_weights(model: LanguageModel) -> LanguageModel:
     For a model that will not be trained: its fp32 masters are gone.
     """
     for module in model.modules():
-        if isinstance(module, Linear | Embedding):
+        if isinstance(module, Master):
             module.weight.data = module.weight.data.to(model.dtype)
     return model.requires_grad_(False)

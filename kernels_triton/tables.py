@@ -2,7 +2,8 @@
 
 A table is an int64 tensor on the device, one row for each tensor or matrix. It is made once for the same addresses and
 kept; parameters never move, and gradients that are added up in place do not either. Making one copies from the host
-without waiting; while a CUDA graph is captured, where that is forbidden, a kernel writes what it was told.
+without waiting. While a CUDA graph is captured that is forbidden: it reads the table that was made before for the same
+addresses, which then lasts as long as the program, and without one a kernel writes what it was told at every replay.
 """
 
 import torch
@@ -11,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 TABLES: dict[tuple, Tensor] = {}
+CAPTURED: list[Tensor] = []  # tables that graphs read
 FORGET_AFTER = 256  # tables: gradients that are at another place at every step must not fill the memory
 AT_ONCE = 16
 
@@ -41,11 +43,13 @@ def _write_kernel(
 
 def table_of(rows: list[tuple[int, ...]], device: torch.device) -> Tensor:
     """rows on the device [len(rows), columns], int64."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return write_table(rows, device)  # not kept: it holds nothing before the graph is replayed
     key = (device, tuple(rows))
     found = TABLES.get(key)
-    if found is None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if found is None:
+            return write_table(rows, device)  # not kept: it holds nothing before the graph is replayed
+        CAPTURED.append(found)
+    elif found is None:
         if len(TABLES) >= FORGET_AFTER:
             TABLES.clear()
         if device.type == "cuda" and all(other != device for other, _ in TABLES):

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from errors import KestrelError
 from model.config import ModelConfig
 from model.layers.attention import Cache
+from model.layers.linear import Linear, Master
 from model.layers.rope import rotary_tables
-from model.ops import Ops
+from model.ops import Ops, again_in_backward, recomputing
 
 VOCAB_MULTIPLE = 64  # tensor cores want round matrix sizes
 
@@ -85,9 +86,19 @@ class LanguageModel(nn.Module):
         raise NotImplementedError
 
     @property
-    def head_weight(self) -> nn.Parameter:
-        """The matrix [Vp, C] that turns hidden states into logits."""
+    def blocks_in_order(self) -> nn.ModuleList:
+        """The layers."""
         raise NotImplementedError
+
+    @property
+    def head_layer(self) -> Master:
+        """Whose weight turns hidden states into logits."""
+        raise NotImplementedError
+
+    @property
+    def head_weight(self) -> nn.Parameter:
+        """That matrix [Vp, C]."""
+        return self.head_layer.weight
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:
@@ -123,7 +134,7 @@ class LanguageModel(nn.Module):
             return self.logits(x)
         loss = self.ops.linear_cross_entropy(
             x.flatten(0, 1),
-            self.head_weight.to(x.dtype),
+            self.head_layer.weight_in(x.dtype),
             targets.flatten(),
             token_weights=None if token_weights is None else token_weights.flatten(),
             vocab_size=self.vocab_size,
@@ -134,9 +145,45 @@ class LanguageModel(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Hidden states [..., C] → logits [..., vocab_size] in fp32 (fp64 for an fp64 model), padding left out."""
-        weight = self.head_weight[: self.vocab_size].to(x.dtype)
+        weight = self.head_layer.weight_in(x.dtype)[: self.vocab_size]
         z = F.linear(x, weight).to(torch.promote_types(x.dtype, torch.float32))
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def recompute(self, names: list[str]) -> None:
+        """Save memory: what is named is computed again in the backward pass instead of being kept. For training only.
+
+        names   "block": whole blocks, of which the input is kept; or ops, of which all inputs are
+        """
+        ops = recomputing(self.ops, [name for name in names if name != "block"])
+        for module in self.modules():
+            if hasattr(module, "ops"):
+                module.ops = ops
+        if "block" in names:
+            for block in self.blocks_in_order:
+                block.forward = again_in_backward(block.forward)
+
+    def keep_copies(self) -> dict[str, Tensor]:
+        """Have a copy in the model's dtype of every matrix that products read; an fp32 model has none.
+
+        → by name of parameter, for whoever changes the parameters: copies must be kept equal to them
+        """
+        if self.dtype == torch.float32:
+            return {}
+        masters = {
+            f"{name}.weight": module
+            for name, module in self.named_modules()
+            if isinstance(module, Linear) or module is self.head_layer
+        }
+        for module in masters.values():
+            module.keep_copy(self.dtype)
+        return {name: module.copy for name, module in masters.items()}
+
+    @torch.no_grad()
+    def refresh_copies(self) -> None:
+        """Bring the copies up to date after the parameters were loaded."""
+        masters = [module for module in self.modules() if isinstance(module, Master) and module.copy is not None]
+        for module in masters:
+            module.copy.copy_(module.weight)
 
     # Decoding.
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig, check_heads, require, require_positive
 from model.language_model import Init, LanguageModel, constant, normal, padded_vocab
 from model.layers.attention import Attention, Cache
-from model.layers.linear import Embedding, Linear
+from model.layers.linear import Embedding, Linear, Master
 from model.layers.mlp import SiluMLP, SwiGluMLP
 from model.layers.norm import RMSNorm
 from model.ops import Ops
@@ -144,8 +144,12 @@ class Llama(LanguageModel):
         raise AssertionError(f"no role for {name}")
 
     @property
-    def head_weight(self) -> nn.Parameter:
-        return self.tok.weight if self.head is None else self.head.weight
+    def blocks_in_order(self) -> nn.ModuleList:
+        return self.blocks
+
+    @property
+    def head_layer(self) -> Master:
+        return self.tok if self.head is None else self.head
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from model.config import ModelConfig, check_heads, require, require_positive
 from model.language_model import Init, LanguageModel, constant, normal, padded_vocab, ramp, uniform
 from model.layers.attention import Attention, Cache
-from model.layers.linear import Embedding, Linear
+from model.layers.linear import Embedding, Linear, Master
 from model.layers.mlp import ReluSquaredMLP
 from model.layers.norm import RMSNorm
 from model.ops import Ops
@@ -166,7 +166,7 @@ class Nanochat(LanguageModel):
         self.transformer = nn.ModuleDict({"wte": Embedding(ops, Vp, C), "h": blocks})
         self.lm_head = Linear(C, Vp)
         if config.smear:
-            self.smear_gate = Linear(config.smear_channels, 1)
+            self.smear_gate = Master(1, config.smear_channels)  # the op rounds it
         kv_width = config.kv_heads * config.head_dim
         self.value_embeds = nn.ModuleDict(
             {str(layer): Embedding(ops, Vp, kv_width) for layer in range(L) if config.has_value_embed(layer)}
@@ -268,8 +268,12 @@ class Nanochat(LanguageModel):
         raise AssertionError(f"no role for {name}")
 
     @property
-    def head_weight(self) -> nn.Parameter:
-        return self.lm_head.weight
+    def blocks_in_order(self) -> nn.ModuleList:
+        return self.transformer.h
+
+    @property
+    def head_layer(self) -> Master:
+        return self.lm_head
 
     @property
     def cache_shape(self) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ is refused here, in one sentence, and a mix of backends is something the user wr
 import os
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from errors import KestrelError
 
@@ -77,6 +78,30 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
         if is_triton(backend):
             prove(op, ops[op], device, dtype)
     return Ops(**ops)
+
+
+# What has a backward pass: neither decoding nor the optimizer.
+RECOMPUTABLE = [
+    op
+    for op in OP_NAMES
+    if op not in ("qk_norm_rope_append", "attention_decode") and not op.startswith(("muon_", "newton_", "adamw_"))
+]
+
+
+def recomputing(ops: Ops, names: list[str]) -> Ops:
+    """The same ops, of which those named keep their inputs only and do their work again in the backward pass."""
+    return replace(ops, **{name: again_in_backward(getattr(ops, name)) for name in names})
+
+
+def again_in_backward(function: Callable) -> Callable:
+    """`function`, of whose forward pass only the inputs are kept. Nothing in a model is random, so none is restored."""
+
+    def recomputed(*args: object, **options: object) -> object:
+        if not torch.is_grad_enabled():
+            return function(*args, **options)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return recomputed
 
 
 def chosen_backends(config: KernelConfig) -> dict[str, str]:

@@ -57,6 +57,7 @@ class MuonAdamW:
         compute_dtype: torch.dtype = torch.float32,
         process_group: "torch.distributed.ProcessGroup | None" = None,
         copies: Mapping[str, Tensor] | None = None,
+        rates_on_device: bool | None = None,
     ) -> None:
         """
         groups          from parameter_groups
@@ -64,6 +65,7 @@ class MuonAdamW:
         compute_dtype   the model's; Muon iterates in bf16 only if it is bf16, else in fp32
         process_group   None: all ranks, if torch.distributed is initialised
         copies          tensors by name of parameter, to be kept equal to it in another dtype
+        rates_on_device whether updates read there what changes from step to step, as captured ones must; None: on a GPU
         """
         self.ranks = Ranks(process_group)
         muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
@@ -77,7 +79,8 @@ class MuonAdamW:
             *(MuonGroup(group, self.ranks, ops, copies, muon_dtype) for group in muon),
         ]
         device = self.groups[0].device
-        rates = torch.zeros(len(groups), 6, dtype=torch.float64, device=device) if device.type == "cuda" else None
+        on_device = device.type == "cuda" if rates_on_device is None else rates_on_device
+        rates = torch.zeros(len(groups), 6, dtype=torch.float64, device=device) if on_device else None
         self.rates = rates
         unused = iter(range(len(groups)))
         for group in self.groups:
@@ -113,7 +116,7 @@ class MuonAdamW:
         read it: a CUDA graph of `update` is replayed after set_rates, and `steps` counted up by hand."""
         rows = [row for g in self.groups for row in g.set_rates(lr_mult, momentum, weight_decay_mult, self.steps + 1)]
         if self.rates is not None:
-            self.rates.copy_(torch.tensor(rows, dtype=torch.float64, pin_memory=True), non_blocking=True)
+            self.rates.copy_(torch.tensor(rows, dtype=torch.float64, pin_memory=self.rates.is_cuda), non_blocking=True)
 
     @torch.no_grad()
     def update(self, *, inv_scale: float | None = None, grad_clip: float = 0.0) -> StepResult:

@@ -251,6 +251,9 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "dtype": Flip("bfloat16", "train.weights"),
         "device_batch_size": Flip("1", "train.shape"),
         "compile": Flip("true", "train.compiled"),
+        "cuda_graph": Flip("true", "train.weights", refused=True),  # likewise
+        "recompute": Flip("[block]", "train.recomputed"),
+        "profile": Flip("true", "train.profiled"),
         "deterministic": Flip("true", "train.deterministic"),
         "threads": Flip("2", "train.threads"),
     },
@@ -279,6 +282,9 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "dtype": Flip("bfloat16", "engine_dtype"),
         "device_batch_size": Flip("2", "told", refused=True),
         "compile": Flip("true", "told", refused=True),
+        "cuda_graph": Flip("true", "told", refused=True),
+        "recompute": Flip("[block]", "told", refused=True),
+        "profile": Flip("true", "told", refused=True),
         "deterministic": Flip("true", "engine_is_deterministic"),
         "threads": Flip("2", "engine_threads"),
     },
@@ -471,6 +477,8 @@ class Trained(NamedTuple):
     threads: int
     deterministic: bool
     compiled: int
+    recomputed: int  # how often something was left to be made again
+    profiled: bool
     ops: set  # which were called in the fake backend
     board: int  # scalars written to TensorBoard
 
@@ -548,18 +556,19 @@ class Witness:
 
     def train(self, run: RunConfig) -> Trained:
         """Train as the command does, with an eye on what the loop is given."""
-        shapes, notes, compiled, board = [], {}, [], []
+        shapes, notes, compiled, recomputed, board = [], {}, [], [], []
         usual = loop.train
 
         def watched(*args: Any, **kwargs: Any) -> bool:
             given = inspect.signature(usual).bind(*args, **kwargs)
-            forward = given.arguments["model"]
+            step = given.arguments["step"]
+            forward = step.model
 
             def model(tokens: Tensor, *rest: Any, **options: Any) -> Tensor:
                 shapes.append(tuple(tokens.shape))
                 return forward(tokens, *rest, **options)
 
-            given.arguments["model"] = model
+            step.model = model
             notes["threads"] = torch.get_num_threads()
             notes["deterministic"] = torch.are_deterministic_algorithms_enabled()
             complete = usual(*given.args, **given.kwargs)
@@ -569,8 +578,12 @@ class Witness:
 
         self.patch.setattr(loop, "train", watched)
         self.patch.setattr(torch, "compile", lambda model, **options: compiled.append(model) or model)
+        usual_checkpoint = model.ops.checkpoint
+        noting = lambda *args, **options: recomputed.append(1) or usual_checkpoint(*args, **options)
+        self.patch.setattr(model.ops, "checkpoint", noting)
         self.patch.setitem(sys.modules, "torch.utils.tensorboard", made_up_tensorboard(board))
         train.main(run)
+        self.patch.setattr(model.ops, "checkpoint", usual_checkpoint)
         self.patch.setattr(loop, "train", usual)
         rows = read_rows(Path(notes["folder"]) / "metrics.jsonl")
         return Trained(
@@ -580,6 +593,8 @@ class Witness:
             checkpoints=[path.name for path in checkpoint.list_checkpoints(Path(notes["folder"]))],
             shape=shapes,
             compiled=len(compiled),
+            recomputed=len(recomputed),
+            profiled=(Path(notes["folder"]) / "profile.txt").exists(),
             ops=self.called,
             board=len(board),
             **notes,

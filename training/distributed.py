@@ -6,7 +6,7 @@ does nothing in it. Errors come before anything is loaded, and say what to write
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Optional
 
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from errors import KestrelError
+from model.ops import RECOMPUTABLE, is_interpreted
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -29,6 +30,9 @@ class HardwareConfig:
     dtype: str = "auto"
     device_batch_size: int = -1  # rows per micro-batch; -1: as many as fit and divide the batch
     compile: bool = False
+    cuda_graph: str = "auto"  # auto | true | false
+    recompute: list[str] = field(default_factory=list)  # "block", or names of ops
+    profile: bool = False
     deterministic: bool = False
     threads: Optional[int] = None  # CPU threads per process; None: PyTorch's own choice
 
@@ -37,6 +41,13 @@ class HardwareConfig:
             raise KestrelError(f"hardware.device must be one of {', '.join(DEVICES)}, got {self.device!r}")
         if self.dtype != "auto" and self.dtype not in DTYPES:
             raise KestrelError(f"hardware.dtype must be one of auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        if unknown := [name for name in self.recompute if name not in ("block", *RECOMPUTABLE)]:
+            raise KestrelError(
+                f"hardware.recompute knows no {unknown[0]!r}; choose from block, {', '.join(RECOMPUTABLE)}"
+            )
+        self.cuda_graph = self.cuda_graph.lower()  # YAML's true arrives as True
+        if self.cuda_graph not in ("auto", "true", "false"):
+            raise KestrelError(f"hardware.cuda_graph must be auto, true or false, got {self.cuda_graph!r}")
         if self.device_batch_size != -1 and self.device_batch_size < 1:
             raise KestrelError(
                 f"hardware.device_batch_size must be positive, or -1 (auto), got {self.device_batch_size}"
@@ -54,6 +65,7 @@ class Device:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    cuda_graph: bool = False  # whether training steps are captured
 
     @property
     def is_main(self) -> bool:
@@ -63,7 +75,8 @@ class Device:
         """For people: cuda:0 (NVIDIA H100 80GB HBM3), bfloat16, 1 rank."""
         name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
-        return f"{self.device}{name}, {str(self.dtype).removeprefix('torch.')}, {ranks}"
+        graphs = ", steps in CUDA graphs" if self.cuda_graph else ""
+        return f"{self.device}{name}, {str(self.dtype).removeprefix('torch.')}, {ranks}{graphs}"
 
     @property
     def memory_bytes(self) -> int | None:
@@ -80,6 +93,7 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
     rank, local_rank, world_size = read_ranks(os.environ)
     device = choose_device(hardware.device, local_rank)
     dtype = choose_dtype(hardware.dtype, device)
+    cuda_graph = choose_cuda_graph(hardware, device, dtype)
     if hardware.threads is not None:
         torch.set_num_threads(hardware.threads)
     if hardware.deterministic:
@@ -92,7 +106,7 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
-    return Device(device, dtype, rank, local_rank, world_size)
+    return Device(device, dtype, rank, local_rank, world_size, cuda_graph)
 
 
 def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -146,6 +160,23 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
             f"hardware.dtype=float16 needs a GPU, but the device is {device.type}; use float32 or bfloat16"
         )
     return DTYPES[name]
+
+
+def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: torch.dtype) -> bool:
+    """auto: where there is a GPU, unless its dtype, torch.compile or Triton's interpreter speak against it."""
+    is_gpu, is_fp16 = device.type == "cuda", dtype == torch.float16
+    if hardware.cuda_graph == "auto":
+        return is_gpu and not is_fp16 and not hardware.compile and not is_interpreted()
+    if hardware.cuda_graph == "true" and not is_gpu:
+        raise KestrelError(
+            f"hardware.cuda_graph=true needs an NVIDIA GPU, but the device is {device}; leave it at auto"
+        )
+    if hardware.cuda_graph == "true" and is_fp16:
+        raise KestrelError(
+            "hardware.cuda_graph=true does not go with float16, whose loss scale changes on the way: "
+            "use hardware.dtype=bfloat16, or leave it at auto"
+        )
+    return hardware.cuda_graph == "true"
 
 
 def make_deterministic(device: torch.device) -> None:

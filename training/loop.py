@@ -4,7 +4,8 @@
 
 The loop runs its cadence once more after the last step, so a run ends with a validation figure, a sample and a
 checkpoint. Nothing here waits for the device inside a step: the loss of step k (averaged over micro-batches and ranks,
-with every rank's wish to stop in the same small reduction) is read while step k+1 is already queued. A loss that is not
+with every rank's wish to stop in the same small reduction) travels to the host behind step k and is read while step k+1
+is already queued; what step k+2 will learn from is on the device by then (data/batches.py). A loss that is not
 finite is therefore noticed one step late, and never saved: what is pending is read before a checkpoint is written.
 """
 
@@ -19,17 +20,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
 
 from checkpoint import TrainState
 from data.batches import Batch
 from errors import KestrelError
-from optim.muon_adamw import MuonAdamW
 from optim.schedules import ScheduleValues
 from training import distributed
 from training.cadence import Cadence
 from training.horizon import Horizon, StageConfig
+from training.profile import StepProfile
 from training.report import Reporter
+from training.step import Step, read_later
 
 
 class TrainingDiverged(KestrelError):
@@ -40,10 +41,9 @@ class StepRecord(NamedTuple):
     """One optimizer step whose loss has not been read yet."""
 
     step: int
-    summary: Tensor  # [2] fp32: loss, number of ranks that want to stop
+    numbers: Callable[[], list[float]]  # loss, number of ranks that want to stop, norm of the gradients
     position: dict
     schedule: ScheduleValues
-    grad_norm: Tensor  # 0-d
 
 
 class LossScale:
@@ -108,8 +108,7 @@ def quiet_collector() -> Iterator[None]:
 
 
 def train(
-    model: nn.Module,
-    optimizer: MuonAdamW,
+    step: Step,
     schedule: Callable[[int], ScheduleValues],
     batches: Iterator[Batch],
     horizon: Horizon,
@@ -118,12 +117,13 @@ def train(
     cadence: Cadence,
     reporter: Reporter,
     device: distributed.Device,
-    grad_clip: float = 0.0,
+    profile: StepProfile,
 ) -> bool:
     """Train until `horizon.num_iterations` or until asked to stop.
 
-    model      called as model(tokens, targets, …) → mean loss; may be compiled
+    step       what the device does in a step
     state      where to start; advanced in place, one step at a time
+    profile    which step to profile, if any
     → True when the run is complete, False when it was interrupted (and saved)
     """
     scale = LossScale(device.dtype == torch.float16, state.loss_scale)
@@ -143,7 +143,8 @@ def train(
             if complete:
                 return True
 
-            record = one_step(model, optimizer, schedule, batches, horizon, state, device, scale, stop, grad_clip)
+            with profile.of(state.step):
+                record = one_step(step, schedule, batches, horizon, state, device, scale, stop)
             pending += [record] if record else []
             stopping |= record is None or read(pending, late, state, reporter, clock, horizon)
             state.loss_scale = scale.scale
@@ -155,8 +156,7 @@ def train(
 
 
 def one_step(
-    model: nn.Module,
-    optimizer: MuonAdamW,
+    step: Step,
     schedule: Callable[[int], ScheduleValues],
     batches: Iterator[Batch],
     horizon: Horizon,
@@ -164,30 +164,25 @@ def one_step(
     device: distributed.Device,
     scale: LossScale,
     stop: StopRequest,
-    grad_clip: float,
 ) -> StepRecord | None:
     """Accumulate the gradients of one batch, update the parameters, advance `state`.
 
     → None if one process was asked to stop between two micro-batches of a long step: the step is dropped, `state` is as
     it was. Several ranks finish their step, since they only agree at its end.
     """
-    total = torch.zeros((), device=device.device)
     for micro_batch in range(horizon.accumulation):
         if micro_batch > 0 and device.world_size == 1 and stop.signal is not None:
-            optimizer.zero_grad()
+            step.drop()
             return None
         batch = next(batches)
-        loss = model(batch.tokens, batch.targets, token_weights=batch.weights, doc_ids=batch.doc_ids)
-        (loss * (scale.scale / horizon.accumulation)).backward()
-        total += loss.detach().float() / horizon.accumulation
+        step.add(batch, first=micro_batch == 0, scale=scale.scale)
     values = schedule(state.step)
-    inv_scale = 1.0 / scale.scale if scale.enabled else None
-    result = optimizer.step(*values, inv_scale=inv_scale, grad_clip=grad_clip)
-    optimizer.zero_grad()
+    result = step.update(values, inv_scale=1.0 / scale.scale if scale.enabled else None)
     scale.update(result.skipped)
-    summary = torch.stack([total / device.world_size, torch.full_like(total, float(stop.signal is not None))])
-    distributed.all_reduce_sum(summary)
-    record = StepRecord(state.step, summary, batch.state, values, result.grad_norm)
+    wants_stop = torch.full_like(step.loss, float(stop.signal is not None))
+    numbers = torch.stack([step.loss / device.world_size, wants_stop, result.grad_norm])
+    distributed.all_reduce_sum(numbers[:2])  # the norm is known to all already
+    record = StepRecord(state.step, read_later(numbers), batch.state, values)
     state.step += 1
     state.tokens_seen += horizon.total_batch_size
     state.stream = batch.state
@@ -201,7 +196,7 @@ def read(
     stopping = False
     while len(pending) > leave:
         record = pending.popleft()
-        loss, wants_stop = record.summary.tolist()
+        loss, wants_stop, grad_norm = record.numbers()
         if not math.isfinite(loss):
             raise TrainingDiverged(
                 f"the loss is {loss} at step {record.step} (data at {position_text(record.position)}): training stops "
@@ -216,7 +211,7 @@ def read(
             lr_mult=record.schedule.lr_mult,
             seconds=seconds,
             tokens=horizon.total_batch_size,
-            grad_norm=float(record.grad_norm),
+            grad_norm=grad_norm,
         )
         stopping |= wants_stop > 0
     return stopping

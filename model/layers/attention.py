@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from model.layers.linear import Linear
+from model.layers.linear import Linear, Master
 from model.ops import Ops
 
 
@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self.c_v = Linear(n_embd, n_kv_head * self.head_dim)
         self.c_proj = Linear(n_head * self.head_dim, n_embd)
         if gate_channels is not None:
-            self.ve_gate = Linear(gate_channels, n_kv_head)
+            self.ve_gate = Master(n_kv_head, gate_channels)  # the op rounds it
 
     def forward(
         self,

@@ -17,7 +17,7 @@ class ReluSquaredMLP(nn.Module):
         self.c_proj = Linear(hidden_dim, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.relu2_mlp(x, self.c_fc.weight.to(x.dtype), self.c_proj.weight.to(x.dtype))
+        return self.ops.relu2_mlp(x, self.c_fc.weight_in(x.dtype), self.c_proj.weight_in(x.dtype))
 
 
 class SwiGluMLP(nn.Module):
@@ -31,7 +31,7 @@ class SwiGluMLP(nn.Module):
         self.c_proj = Linear(hidden_dim, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (layer.weight.to(x.dtype) for layer in (self.c_gate, self.c_up, self.c_proj))
+        gate, up, down = (layer.weight_in(x.dtype) for layer in (self.c_gate, self.c_up, self.c_proj))
         return self.ops.swiglu_mlp(x, gate, up, down)
 
 

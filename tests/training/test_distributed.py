@@ -11,7 +11,7 @@ import torch
 
 from errors import KestrelError
 from training import distributed
-from training.distributed import HardwareConfig, choose_device, choose_dtype, read_ranks
+from training.distributed import HardwareConfig, choose_cuda_graph, choose_device, choose_dtype, read_ranks
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -92,12 +92,40 @@ def test_dtype_the_device_lacks_is_refused(pretend_gpu):
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
 
 
+def graphs(device, dtype=torch.bfloat16, **changes):
+    return choose_cuda_graph(HardwareConfig(**changes), device, dtype)
+
+
+def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
+    monkeypatch.setattr(distributed, "is_interpreted", lambda: False)
+    assert graphs(GPU)
+    assert not graphs(CPU)
+    assert not graphs(GPU, torch.float16)  # its scale changes on the way
+    assert not graphs(GPU, compile=True)  # the baseline that everyone knows
+    assert graphs(GPU, compile=True, cuda_graph="true")
+    assert not graphs(GPU, cuda_graph="false")
+    assert not graphs(CPU, cuda_graph="False")  # as YAML's false arrives
+    monkeypatch.setattr(distributed, "is_interpreted", lambda: True)
+    assert not graphs(GPU)
+
+
+def test_what_cannot_be_captured_is_refused_in_a_sentence():
+    with pytest.raises(
+        KestrelError, match=r"^hardware\.cuda_graph=true needs an NVIDIA GPU, but the device is cpu; .*$"
+    ):
+        graphs(CPU, cuda_graph="true")
+    with pytest.raises(KestrelError, match=r"hardware\.cuda_graph=true does not go with float16"):
+        graphs(GPU, torch.float16, cuda_graph="True")
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"device": "gpu"}, r"hardware\.device must be one of auto, cpu, cuda, mps, got 'gpu'"),
         ({"dtype": "bf16"}, r"hardware\.dtype must be one of .*got 'bf16'"),
         ({"device_batch_size": 0}, r"hardware\.device_batch_size must be positive, or -1"),
+        ({"cuda_graph": "maybe"}, r"hardware\.cuda_graph must be auto, true or false, got 'maybe'"),
+        ({"recompute": ["mlp"]}, r"hardware\.recompute knows no 'mlp'; choose from block, embedding"),
         ({"threads": 0}, r"hardware\.threads must be positive, or null"),
     ],
 )

@@ -1,0 +1,37 @@
+"""The bench of the training step runs anywhere; its numbers mean something on a GPU only."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+from bench.train_step import KINDS, draw
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_training_step_is_timed_and_drawn(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.train_step", "--small", "--device", "cpu", "--turns", "2"]
+    command += ["--out", str(tmp_path), "--figures", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "train_step.csv").open()))
+    assert [(row["arch"], row["candidate"]) for row in rows] == [("plain", "torch"), ("nanochat2026", "torch")]
+    for row in rows:
+        assert float(row["step_ms"]) >= float(row["fwd_bwd_ms"]) > 0
+        assert float(row["optimizer_ms"]) > 0
+        assert float(row["tokens_per_s"]) > 0
+        assert float(row["wait_s"]) > 0.1
+        assert row["torch"]
+        assert row["commit"]
+    assert (tmp_path / "train_step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_did_not_fit_is_left_out_of_the_figure(tmp_path: Path):
+    rows = [
+        {"model": "d6", "arch": "plain", "candidate": name, "tokens_per_s": "5", "peak_gib": "", "wait_s": "1.5"}
+        | dict.fromkeys(("device", "torch", "triton", "commit"), "x")
+        for name in KINDS
+    ]
+    draw(rows, tmp_path / "figure.png")
+    assert (tmp_path / "figure.png").exists()
