@@ -7,6 +7,7 @@ a command with the composed result. Hydra and OmegaConf are known to this file a
 Configs that come out of a checkpoint are data: they are read as JSON and never composed or instantiated.
 """
 
+import contextlib
 import difflib
 import os
 import re
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 import hydra
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -35,12 +38,25 @@ from model.llama import LlamaConfig
 from model.nanochat import NanochatConfig
 from model.ops import KernelConfig
 from optim.groups import AdamWConfig, MuonAdamWConfig, OptimConfig
-from training.distributed import HardwareConfig
+from training.distributed import HardwareConfig, read_ranks
 from training.horizon import StageConfig
 
 CONF = Path(__file__).parent / "conf"
 # Values that are paths or prose, not Hydra syntax: taken as typed, whatever commas, quotes or brackets they hold.
 PATH_KEYS = ("data.files", "data.val_files")
+MAX_FLOAT = 1e30  # beyond it fp32 arithmetic overflows, and JSON has no infinity: no checkpoint could hold it
+MAX_INT = 2**63 - 1
+MAX_RUN_NAME = 200  # bytes; file systems take 255, and -2, -3, … may be appended
+MAX_SAMPLES = 4096
+# What switches a number off, for who writes infinity and means that.
+OFF = {
+    "optim.grad_clip": "0",
+    "optim.max_weight_decay": "1e9",
+    "stage.target_flops": "-1",
+    "stage.target_param_data_ratio": "-1",
+    "repetition_penalty": "1",
+    "top_p": "1",
+}
 
 
 @dataclass
@@ -70,12 +86,15 @@ class RunConfig:
             raise KestrelError(
                 f"run must be a plain folder name (letters, digits, . , = + -), got '{self.run}': try run=my-first-run"
             )
+        if len(self.run.encode()) > MAX_RUN_NAME:
+            raise KestrelError(
+                f"run is the name of a folder and may have {MAX_RUN_NAME} bytes, got {len(self.run.encode())} "
+                f"('{self.run[:20]}…'): give a shorter one with run=NAME"
+            )
         if self.seed < 0:
             raise KestrelError(f"seed must not be negative, got {self.seed}")
-        if self.resume not in ("auto", "never") and not Path(self.resume).exists():
-            raise KestrelError(
-                f"resume must be auto, never or the path of a run or checkpoint, and '{self.resume}' does not exist"
-            )
+        if self.resume not in ("auto", "never"):
+            refuse_missing_resume(self.resume)
 
 
 MODES = ("generate", "chat", "batch")
@@ -102,10 +121,33 @@ class InferConfig(SamplingConfig):
             raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
         if self.max_rows < 1:
             raise KestrelError(f"max_rows must be at least 1, got {self.max_rows}")
+        if self.num_samples > MAX_SAMPLES:
+            raise KestrelError(
+                f"num_samples must be at most {MAX_SAMPLES}, got {self.num_samples}: they are told side by side, "
+                "so run the command again with another seed for more"
+            )
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise KestrelError(
+                f"repetition_penalty must be between 0.01 and 100 (1: off), got {self.repetition_penalty}"
+            )
 
     def sampling(self) -> SamplingConfig:
         """How to sample, and nothing else."""
         return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})
+
+
+def refuse_missing_resume(path: str) -> None:
+    """Refuse a path to go on from that is empty, is not there or may not be looked at."""
+    wanted = "resume must be auto, never or the path of a run or checkpoint"
+    if not path:
+        raise KestrelError(f"{wanted}, and it is empty: leave it out for auto")
+    try:
+        os.stat(path)
+    except FileNotFoundError:
+        raise KestrelError(f"{wanted}, and '{path}' does not exist") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise KestrelError(f"{wanted}, and '{path:.200}' cannot be read: {reason}") from error
 
 
 def register() -> None:
@@ -149,8 +191,24 @@ def to_typed(cfg: DictConfig, config_name: str) -> Any:
     parts = OmegaConf.masked_copy(cfg, names)
     if missing := OmegaConf.missing_keys(parts):
         raise KestrelError(f"no {sorted(missing)[0]} is chosen: every group needs one, for example model=d2")
+    refuse_numbers(OmegaConf.to_container(parts, resolve=True))
     typed = OmegaConf.to_object(parts)
     return root(**typed) if isinstance(typed, dict) else typed
+
+
+def refuse_numbers(values: Any, key: str = "") -> None:
+    """Refuse infinity, NaN and numbers too large to compute with, wherever they stand."""
+    if isinstance(values, dict):
+        for name, value in values.items():
+            refuse_numbers(value, f"{key}.{name}" if key else str(name))
+    elif isinstance(values, list):
+        for value in values:
+            refuse_numbers(value, key)
+    elif isinstance(values, float) and not -MAX_FLOAT <= values <= MAX_FLOAT:
+        remedy = f": write {key}={OFF[key]} to switch it off" if key in OFF else ""
+        raise KestrelError(f"{key} must be a finite number, at most {MAX_FLOAT:g}, got {values}{remedy}")
+    elif isinstance(values, int) and abs(values) > MAX_INT:
+        raise KestrelError(f"{key} must be at most {MAX_INT}, got {hex(values)[:20]}…")
 
 
 def refuse_additions(cfg: DictConfig, names: list[str], prefix: str = "") -> None:
@@ -171,15 +229,27 @@ def run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[s
     A KestrelError becomes one line on stderr and exit status 2. Without sweeps the config is composed once before Hydra
     takes over, because Hydra's own messages are long and a mistake should be known before any folder is made.
     """
+    try:
+        _run_command(config_name, main, raw_keys)
+    except KeyboardInterrupt:
+        with contextlib.suppress(OSError):
+            print("stopped at once; what was saved before is intact", file=sys.stderr)
+        sys.exit(130)
+
+
+def _run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[str, ...]) -> None:
+    if sys.stderr is None:  # closed; print would take standard output instead
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     register()
     argv, raw = split_raw(sys.argv[1:], raw_keys)
     # argparse takes overrides in one piece, so `model=d6 -m seed=1,2` needs its flag in front
     sys.argv[1:] = sorted((quote_path(item) for item in argv), key=lambda item: item not in ("-m", "--multirun"))
     try:
         args = get_args_parser().parse_args(sys.argv[1:])
-        if not (args.multirun or args.help or args.hydra_help):
-            compose(config_name, args.overrides)
-    except (KestrelError, ValueError, HydraException, OmegaConfBaseException) as error:
+        if not (args.help or args.hydra_help):
+            for overrides in sweep_jobs(args.overrides) if args.multirun else [args.overrides]:
+                compose(config_name, overrides)
+    except (KestrelError, ValueError, ArithmeticError, HydraException, OmegaConfBaseException) as error:
         stop(one_line(error))
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
@@ -194,11 +264,14 @@ def run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[s
 
     try:
         entry()
-    except KeyboardInterrupt:
-        print("stopped at once; what was saved before is intact", file=sys.stderr)
-        sys.exit(130)
-    except (HydraException, OmegaConfBaseException) as error:  # a sweep composes each job only when its turn comes
+    except (HydraException, OmegaConfBaseException) as error:  # a sweep composes each job again when its turn comes
         stop(one_line(error))
+
+
+def sweep_jobs(overrides: list[str]) -> list[list[str]]:
+    """The overrides of every job of a sweep, so that a mistake in the last is known before the first is trained."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
 
 
 def split_raw(argv: list[str], raw_keys: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
@@ -218,8 +291,13 @@ def quote_path(item: str) -> str:
 
 def stop(message: str) -> NoReturn:
     """Print one line and exit with status 2; under torchrun every rank sees the same mistake, so only rank 0 speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        print(f"error: {message}", file=sys.stderr, flush=True)
+    try:
+        is_main = read_ranks(os.environ)[0] == 0
+    except KestrelError:
+        is_main = True  # nobody else may speak
+    if is_main:
+        with contextlib.suppress(OSError):  # nobody reads it
+            print(f"error: {message}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
@@ -244,8 +322,13 @@ def one_line(error: BaseException) -> str:
         return f"{cause.full_key}: {str(cause).splitlines()[0]}"
     if match := re.search(r"Ambiguous value for argument '([^']+)'", text):
         return f"{match[1]} gives several values: add -m to run one after the other, or name one"
-    if match := re.search(r"Error parsing override '(.*?)'\n", text, re.S):
-        return f"cannot read the override {match[1]!r}: write key=value, and quote values that hold brackets or spaces"
+    if match := re.search(r"(?:Error parsing override '|LexerNoViableAltException: )(.*?)'?\n", text, re.S):
+        return (
+            f"cannot read the override '{match[1]}': write key=value, and quote values that hold brackets, spaces or "
+            "letters with accents: \"key='välue'\""
+        )
+    if match := re.search(r"\n\s*full_key: (\S+)", text):
+        return f"{match[1]}: {text.splitlines()[0]}"
     lines = [line.strip() for line in text.splitlines() if line.strip() and "HYDRA_FULL_ERROR" not in line]
     return " ".join(lines)
 

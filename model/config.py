@@ -23,6 +23,13 @@ def require_positive(config: "ModelConfig", *names: str) -> None:
         require(0 < value < math.inf, f"model.{name} must be a positive number, got {value}")
 
 
+# Beyond any model there is. A checkpoint may claim what it likes, and counting so many layers would take hours.
+MOST = {
+    "sequence_len": 2**24, "depth": 1000, "n_layer": 1000, "aspect_ratio": 2**16, "head_dim": 2**20, "n_embd": 2**20,
+    "hidden_dim": 2**24,
+}  # fmt: skip
+
+
 @dataclass
 class ModelConfig:
     """A language model over at most `sequence_len` tokens: its training rows and its decoding limit."""
@@ -31,6 +38,9 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "sequence_len")
+        for name, value in vars(self).items():
+            most = MOST.get(name)
+            require(most is None or value is None or value <= most, f"model.{name} must be at most {most}, got {value}")
 
 
 def check_heads(n_embd: int, n_head: int, n_kv_head: int) -> None:

@@ -5,8 +5,12 @@ Works on the meta device, so a model too large for this machine can be counted t
 window (causality is not subtracted). Looking up a row of a table costs nothing.
 """
 
+from dataclasses import fields
+
 import torch
 
+from errors import KestrelError
+from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers.attention import Attention
 
@@ -44,3 +48,33 @@ def kv_bytes_per_token(model: LanguageModel, dtype: torch.dtype | None = None) -
     """Bytes a token occupies in the key-value cache."""
     n_layer, n_kv_head, head_dim = model.cache_shape
     return 2 * n_layer * n_kv_head * head_dim * (dtype or model.dtype).itemsize
+
+
+def require_memory(config: ModelConfig, rows: int, memory_bytes: int | None) -> None:
+    """Refuse a model that cannot be trained in this memory, whatever else is done, before anything is allocated.
+
+    rows           of a micro-batch, as configured; -1: one at least
+    memory_bytes   of the device; None: unknown, and then nothing is refused
+
+    Both figures are well below the truth: weight and gradient of two matrices of attention and two of the MLP in every
+    layer, and 16 bytes per token, layer and unit of width.
+    """
+    if memory_bytes is None:
+        return
+    layers, width, tokens = config.n_layer, config.n_embd, config.sequence_len * max(1, rows)
+    squares = 2 + 2 * getattr(config, "mlp_dim", 4 * width) / width
+    weights, activations = int(8 * layers * squares * width**2), 16 * layers * width * tokens
+    sizes = ("depth", "aspect_ratio", "head_dim", "n_layer", "n_embd", "hidden_dim")
+    named = [f"model.{f.name}={getattr(config, f.name)}" for f in fields(config) if f.name in sizes]
+    remedy = f"and this device has {memory_bytes / 1e9:.0f} GB"
+    if weights > memory_bytes:
+        raise KestrelError(
+            f"{layers} layers of width {width} take {weights / 1e9:,.0f} GB for weights and gradients alone, {remedy}: "
+            f"make the model smaller ({', '.join(named)})"
+        )
+    if activations > memory_bytes:
+        batch = f", hardware.device_batch_size={rows}" if rows > 1 else ""
+        raise KestrelError(
+            f"{tokens} tokens through {layers} layers of width {width} take more than {activations / 1e9:,.0f} GB, "
+            f"{remedy}: lower model.sequence_len={config.sequence_len}{batch}"
+        )

@@ -5,6 +5,7 @@ is why it happens here, at import. The interpreter is right for fp32, fp16 and f
 bf16 kernels are tested on a GPU only. `TRITON_INTERPRET=1 pytest` keeps to the CPU on a machine that has a GPU.
 """
 
+import ctypes
 import fcntl
 import os
 import random
@@ -46,6 +47,25 @@ def known_state() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=HAS_GPU)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def no_privileges() -> Iterator[None]:
+    """Root may read and write everything, whatever its mode; here it may not."""
+    if os.geteuid() != 0:
+        yield
+        return
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        header, before = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+        assert libc.capget(header, before) == 0
+        less = (ctypes.c_uint32 * 6)(*before)
+        less[0] &= ~0b110  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH, of the effective ones
+        assert libc.capset(header, less) == 0
+    except (AttributeError, AssertionError):
+        pytest.skip("root here cannot give up its privileges")
+    yield
+    assert libc.capset(header, before) == 0
 
 
 @pytest.fixture(scope="session")

@@ -42,7 +42,7 @@ def test_every_key_of_a_schema_is_written_in_a_yaml_with_a_comment(group: str):
 
 
 def error_for(*overrides: str, config_name: str = "train") -> str:
-    with pytest.raises((ValueError, HydraException, OmegaConfBaseException)) as caught:
+    with pytest.raises((ValueError, ArithmeticError, HydraException, OmegaConfBaseException)) as caught:
         compose(config_name, list(overrides))
     return one_line(caught.value)
 
@@ -73,6 +73,23 @@ def error_for(*overrides: str, config_name: str = "train") -> str:
         (["~model"], ["model"]),
         (["model=d2,d4"], ["model=d2,d4", "-m"]),
         (["model.depth=(3"], ["model.depth=(3"]),
+        (["optim.grad_clip=inf"], ["optim.grad_clip", "inf", "optim.grad_clip=0"]),
+        (["optim.weight_decay=inf"], ["optim.weight_decay", "inf"]),
+        (["optim.max_weight_decay=inf"], ["optim.max_weight_decay", "inf", "optim.max_weight_decay=1e9"]),
+        (["optim=adamw", "optim.eps=inf"], ["optim.eps", "inf"]),
+        (["optim.scalar_lr=nan"], ["optim.scalar_lr", "nan"]),
+        (["optim.matrix_lr=1e300"], ["optim.matrix_lr", "1e+300"]),
+        (["stage.target_flops=inf"], ["stage.target_flops", "inf", "stage.target_flops=-1"]),
+        (["stage.target_param_data_ratio=-inf"], ["stage.target_param_data_ratio", "-inf"]),
+        (["optim.grad_clip=1" + 400 * "0"], ["optim.grad_clip", "too large"]),
+        (["seed=18446744073709551616"], ["seed", "9223372036854775807"]),
+        (["model.sequence_len=100000000000"], ["model.sequence_len", "100000000000", "at most"]),
+        (["model.depth=99999999"], ["model.depth", "99999999", "at most"]),
+        (["model=llama", "model.n_embd=80000000"], ["model.n_embd", "80000000", "at most"]),
+        (["resume="], ["resume", "empty", "auto"]),
+        (["resume=" + 300 * "x"], ["resume", "xxx", "too long"]),
+        (["run=" + 300 * "x"], ["run", "200", "300", "shorter"]),
+        (["run=ünï"], ["run=ünï", "quote"]),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
 )
@@ -81,6 +98,63 @@ def test_a_mistake_is_one_line_that_names_it(overrides: list[str], says: list[st
     assert "\n" not in message
     for word in says:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["num_samples=100000000000"], ["num_samples", "100000000000", "at most"]),
+        (["repetition_penalty=1e-300"], ["repetition_penalty", "1e-300", "0.01"]),
+        (["top_p=nan"], ["top_p", "nan"]),
+    ],
+    ids=lambda value: value[-1],
+)
+def test_a_mistake_in_sampling_is_one_line_that_names_it(overrides: list[str], says: list[str]):
+    message = error_for(*overrides, config_name="infer")
+    assert "\n" not in message
+    for word in says:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("sweep", "says"), [("seed=1,x", ["seed", "'x'"]), ("optim.grad_clip=1,inf", ["grad_clip", "inf"])]
+)
+def test_a_mistake_in_the_last_job_of_a_sweep_is_known_before_the_first(sweep, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", sweep, "model=d2"])
+    with pytest.raises(SystemExit) as stopped:
+        config.run_command("train", lambda run: pytest.fail("a job was begun"))
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
+    assert all(word in err for word in says), err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_jobs_of_a_sweep_are_its_product():
+    jobs = config.sweep_jobs(["seed=1,2", "model=d2", "data.files=['a,b.txt']", "optim.grad_clip=0,1"])
+    assert len(jobs) == 4
+    assert all("model=d2" in job and "data.files=['a,b.txt']" in job for job in jobs)
+
+
+def test_a_path_to_go_on_from_that_may_not_be_looked_at_says_so(tmp_path: Path, no_privileges):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o000)
+    message = error_for(f"resume={locked}/run")
+    assert "cannot be read: Permission denied" in message
+    assert str(locked) in message
+
+
+def test_a_mistake_is_told_whatever_the_environment_says_of_ranks(monkeypatch, capsys):
+    for environment, lines in (
+        ({"RANK": "x", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}, 1),
+        ({"RANK": "5", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}, 1),
+        ({"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}, 0),  # rank 0 speaks for all
+    ):
+        for key, value in environment.items():
+            monkeypatch.setenv(key, value)
+        with pytest.raises(SystemExit):
+            config.stop("no")
+        assert capsys.readouterr().err.count("\n") == lines
 
 
 def test_paths_need_no_quoting():

@@ -101,6 +101,11 @@ def plan(
     ratio = stage.target_param_data_ratio
     # With ratio -1 (a run measured in FLOPs) both are negative, and only their quotient counts.
     target_tokens, reference_tokens = int(ratio * scaling_parameters), int(ratio * reference_parameters)
+    if target_tokens == 0 or reference_tokens == 0:
+        raise KestrelError(
+            f"stage.target_param_data_ratio={ratio} is less than one token for {scaling_parameters} parameters: "
+            "give a larger one, or -1 with stage.num_iterations"
+        )
     row_tokens = sequence_len * world_size * max(1, device_batch_size)
     if stage.total_batch_size == -1:
         batch = auto_batch_size(target_tokens / reference_tokens, _tokens_wanted(stage, target_tokens, flops_per_token))

@@ -87,6 +87,16 @@ def peak_bandwidth(device: torch.device) -> float | None:
     return chip.terabytes_per_s * 1e12 if chip else None
 
 
+def memory_bytes(device: torch.device) -> int | None:
+    """Memory of a GPU, or of the machine for a CPU; None where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """Versions, device, commit and command line, as plain data; nothing that names the machine or its user."""
     commit = _git("rev-parse", "HEAD")

@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from errors import KestrelError
 from inference.kv_cache import KVCache
 from model import build
-from model.cost import flops_per_token, kv_bytes_per_token, parameter_counts, scaling_parameters
+from model.cost import flops_per_token, kv_bytes_per_token, parameter_counts, require_memory, scaling_parameters
 from model.llama import LlamaConfig
 from model.nanochat import NanochatConfig
 from tests.model.tiny import FORMS, NANOCHAT_2026, VOCAB, fresh, llama, tokens, torch_ops
@@ -102,3 +103,29 @@ def test_cache_bytes_are_those_of_a_cache(dtype):
 def test_a_large_llama_is_counted_without_memory():
     model = build(LlamaConfig(n_layer=32, n_embd=4096, n_head=32, hidden_dim=11008), 32000, torch_ops())
     assert parameter_counts(model)["total"] == 6_738_415_616  # Llama-2-7B
+
+
+@pytest.mark.parametrize(
+    ("config", "rows", "says"),
+    [
+        (
+            NanochatConfig(depth=2, head_dim=1_000_000),
+            -1,
+            "160,000 GB .* has 32 GB.*model.depth=2, .*model.head_dim=1000000",
+        ),
+        (LlamaConfig(n_layer=900, n_embd=64_000), -1, "model.n_layer=900, model.n_embd=64000"),
+        (NanochatConfig(depth=2, sequence_len=2**24), -1, "lower model.sequence_len=16777216$"),
+        (NanochatConfig(depth=2), 10**12, "lower model.sequence_len=2048, hardware.device_batch_size=1000000000000$"),
+    ],
+    ids=["width", "layers", "row", "rows"],
+)
+def test_what_no_memory_can_hold_is_refused_before_it_is_built(config, rows, says):
+    with pytest.raises(KestrelError, match=says):
+        require_memory(config, rows, 32 * 10**9)
+    require_memory(config, rows, None)
+
+
+@pytest.mark.parametrize("config", [NanochatConfig(**NANOCHAT_2026), LlamaConfig()])
+def test_the_memory_asked_for_is_never_more_than_weights_and_gradients_take(config):
+    total = parameter_counts(build(config, VOCAB, torch_ops()))["total"]
+    require_memory(config, 1, 8 * total)

@@ -33,6 +33,11 @@ def make_plan(stage=None, **changes):
     return plan(stage or StageConfig(), **(defaults | changes))
 
 
+def test_a_run_of_less_than_one_token_is_refused_by_name():
+    with pytest.raises(KestrelError, match=r"stage\.target_param_data_ratio=1e-12 is less than one token"):
+        make_plan(StageConfig(target_param_data_ratio=1e-12))
+
+
 @pytest.mark.parametrize("world_size", [1, 8])
 @pytest.mark.parametrize("row", GOLDEN, ids=lambda row: f"d{row[0]}")
 def test_golden_table(row, world_size):
