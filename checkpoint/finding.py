@@ -1,11 +1,12 @@
 """Which checkpoint is the newest, the best, or meant by a path. Only complete ones count, whatever else lies around."""
 
 import contextlib
+import os
 import re
 from pathlib import Path
 from typing import Any
 
-from checkpoint.manifest import MANIFEST, read_manifest
+from checkpoint.manifest import MANIFEST, REMEDY, read_manifest
 from errors import KestrelError
 
 NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")  # step and revision
@@ -49,16 +50,59 @@ def find_newest_run(runs_dir: Path) -> Path:
 def find(path: Path) -> Path:
     """The checkpoint that `path` means: its own folder, a pointer (…/checkpoints/best), or the newest of a run."""
     path = Path(path)
-    if (path / MANIFEST).exists():
+    if os.path.exists(path / MANIFEST):
         return path
-    if path.is_file() and path.name in ("latest", "best"):
+    if os.path.isfile(path) and path.name in ("latest", "best"):
         found = (best if path.name == "best" else latest)(path.parent.parent)
     else:
         found = latest(path.parent if path.name == "checkpoints" else path)
     if found is None:
-        what = "leads to no complete checkpoint" if path.exists() else "does not exist"
+        what = _problem(path) or "leads to no complete checkpoint"
         raise KestrelError(f"{path} {what}: give the folder of a run, or a step-… folder in its checkpoints folder")
     return found
+
+
+def _problem(path: Path) -> str | None:
+    """Why no checkpoint is found where one was said to be."""
+    try:
+        os.stat(path)
+        if is_folder := os.path.isdir(path):
+            os.listdir(path)
+    except FileNotFoundError:
+        return "does not exist"
+    except (OSError, ValueError) as error:
+        return f"cannot be read ({getattr(error, 'strerror', None) or error})"
+    wrong = what_is_wrong(path.parent if path.name == "checkpoints" else path) if is_folder else None
+    return f"leads to no complete checkpoint ({wrong})" if wrong else None
+
+
+def what_is_wrong(run_dir: Path) -> str | None:
+    """Why a run that has checkpoints has no complete one; None if it has one, or has none at all."""
+    folder = Path(run_dir) / "checkpoints"
+    try:
+        os.listdir(folder)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        return f"{folder} cannot be read: {error.strerror or error}"
+    if latest(run_dir) is not None:
+        return None
+    reasons = [f"{path.name}: {_damage(path)}" for path in _named(run_dir)]
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return "; ".join(reasons[-3:]) + more or None
+
+
+def _damage(path: Path) -> str:
+    """What keeps a folder named like a checkpoint from being one."""
+    try:
+        for name, entry in read_manifest(path)["files"].items():
+            if (size := os.stat(path / name).st_size) != entry["bytes"]:
+                return f"{name} has {size} bytes and should have {entry['bytes']}"
+    except KestrelError as error:
+        return str(error).removesuffix(f"; {REMEDY}")
+    except OSError as error:
+        return f"{os.path.basename(error.filename or name)}: {error.strerror or error}"
+    return "it was incomplete a moment ago"
 
 
 def order(path: Path) -> tuple[int, int]:

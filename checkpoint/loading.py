@@ -11,6 +11,8 @@ from checkpoint.manifest import REMEDY, TEXT_FILES, damaged, opened, parse_json,
 from checkpoint.tensors import Spec, read_tensors, require_finite
 from errors import KestrelError
 
+MAX_STEP = 2**63
+
 
 @dataclass
 class Checkpoint:
@@ -47,6 +49,12 @@ def read_checkpoint(path: Path) -> Checkpoint:
     manifest = read_manifest(path)
     texts = {name: read_text_file(path, name, manifest) for name in TEXT_FILES}
     state, config = (parse_json(texts[name], path / name) for name in ("state.json", "config.json"))
+    if type(state.get("step")) is not int or not 0 <= state["step"] == manifest["step"] < MAX_STEP:
+        says = f"{state.get('step')!r:.80}, and its manifest {manifest['step']!r:.80}"
+        raise damaged(path / "state.json", f"its step is {says}")
+    for section in ("model", "hardware"):
+        if not isinstance(config.get(section, {}), dict):
+            raise damaged(path / "config.json", f"its {section} is no object but {config[section]!r:.80}")
     return Checkpoint(path, manifest["step"], config, state, texts["tokenizer.json"])
 
 

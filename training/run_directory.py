@@ -44,6 +44,11 @@ def open_run(runs_dir: Path, name: str, resume: str, settings: dict) -> RunDirec
     path = Path(runs_dir) / name
     existing = checkpoint.latest(path)
     if resume == "auto":
+        if wrong := checkpoint.what_is_wrong(path):
+            raise KestrelError(
+                f"{path} has no checkpoint to go on from, though it had some ({wrong}): copy them again from their "
+                "source, start beside them (resume=never), or give this run a name of its own (run=NAME)"
+            )
         if existing is not None:
             refuse_other_run(checkpoint.read_checkpoint(existing).config, settings, path)
         return RunDirectory(path, existing, resumed=existing is not None)
@@ -54,9 +59,13 @@ def open_run(runs_dir: Path, name: str, resume: str, settings: dict) -> RunDirec
 
 
 def free_name(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, … that holds no checkpoint."""
+    """`path`, or the first of path-2, path-3, … that holds no checkpoint, be it damaged."""
     candidates = [path, *(path.with_name(f"{path.name}-{number}") for number in range(2, 10_000))]
-    return next(candidate for candidate in candidates if checkpoint.latest(candidate) is None)
+    return next(candidate for candidate in candidates if _is_free(candidate))
+
+
+def _is_free(path: Path) -> bool:
+    return checkpoint.latest(path) is None and checkpoint.what_is_wrong(path) is None
 
 
 def refuse_other_run(saved: dict, settings: dict, where: Path) -> None:

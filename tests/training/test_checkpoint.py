@@ -654,6 +654,53 @@ def reseal(path: Path) -> None:
     (path / MANIFEST).write_text(json.dumps(manifest | {"sha256": manifest_hash(manifest)}))
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("state.json", {}),
+        ("state.json", {"step": 10**30}),
+        ("state.json", {"step": 4}),
+        ("config.json", {"hardware": []}),
+        ("config.json", {"model": 5}),
+    ],
+    ids=str,
+)
+def test_forged_contents_are_refused_by_file(tmp_path: Path, name: str, content: dict):
+    path = save(tmp_path, 5)
+    (path / name).write_text(json.dumps(content))
+    reseal(path)
+    with pytest.raises(KestrelError, match=rf"{name} is damaged: its "):
+        checkpoint.read_checkpoint(path)
+
+
+def test_what_keeps_every_checkpoint_from_being_one_is_said(tmp_path: Path):
+    assert checkpoint.what_is_wrong(tmp_path / "none") is None
+    first, second = save(tmp_path, 1), save(tmp_path, 2)
+    assert checkpoint.what_is_wrong(tmp_path) is None
+    (second / "model.safetensors").write_bytes(b"short")
+    assert checkpoint.what_is_wrong(tmp_path) is None  # the first is whole
+    (first / MANIFEST).write_bytes(b"")
+    wrong = checkpoint.what_is_wrong(tmp_path)
+    assert "step-00000001: " in wrong
+    assert "manifest.json is damaged" in wrong
+    assert "step-00000002: model.safetensors has 5 bytes" in wrong
+    with pytest.raises(KestrelError, match=r"leads to no complete checkpoint .*model.safetensors has 5 bytes"):
+        checkpoint.find(tmp_path)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_missing(tmp_path: Path, no_privileges):
+    path = save(tmp_path, 1)
+    for folder in (path, path.parent, tmp_path):
+        folder.chmod(0)
+        try:
+            with pytest.raises(KestrelError, match=r"cannot be read|could not read|Permission denied"):
+                checkpoint.find(tmp_path)
+            if folder != tmp_path:
+                assert "Permission denied" in checkpoint.what_is_wrong(tmp_path)
+        finally:
+            folder.chmod(0o700)
+
+
 def forge_header(path: Path, change: Callable[[dict], object], which: str = "model") -> None:
     """Change the header of a tensor file, and reseal."""
     file = path / f"{which}.safetensors"
