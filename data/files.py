@@ -20,8 +20,8 @@ except ImportError:  # Windows has no flock: two writers there may both do the w
 def default_cache_dir(configured: str | None = None) -> Path:
     """Where caches live: `configured`, $KESTREL_CACHE, $XDG_CACHE_HOME/kestrel or ~/.cache/kestrel."""
     if configured or os.environ.get("KESTREL_CACHE"):
-        return Path(configured or os.environ["KESTREL_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "kestrel"
+        return Path(os.path.expanduser(configured or os.environ["KESTREL_CACHE"]))
+    return Path(os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")) / "kestrel"
 
 
 @contextmanager

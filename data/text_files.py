@@ -15,7 +15,9 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Iterator
@@ -41,15 +43,22 @@ def find_files(patterns: list[str], key: str = "data.files") -> list[Path]:
 
 
 def _matches(pattern: str, key: str) -> list[Path]:
-    path = Path(pattern).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(pattern))
+    mode = _mode(path, key)
+    if mode is not None and stat.S_ISDIR(mode):
+        _check_may_be_listed(path, key)
         inside = sorted(
             file for file in path.rglob("*") if file.name.lower().endswith(SUFFIXES) and _is_visible(file, path)
         )
         if not inside:
             raise KestrelError(f"{key}: the folder {path} holds no .txt, .jsonl or .parquet file")
         return inside
-    if path.exists():
+    if mode is not None:
+        if not stat.S_ISREG(mode):
+            raise KestrelError(
+                f"{key}: {path} is not a regular file but a pipe or a device, which cannot be read more than once: "
+                "write it to a file first"
+            )
         return [path]
     if not glob.has_magic(pattern):
         raise KestrelError(f"{key}: there is no file {pattern} (looked in {Path.cwd()})")
@@ -57,6 +66,23 @@ def _matches(pattern: str, key: str) -> list[Path]:
     if files := [match for match in matches if match.is_file()]:
         return files
     raise KestrelError(f"{key}: nothing matches {pattern} (looked in {Path.cwd()})")
+
+
+def _mode(path: Path, key: str) -> int | None:
+    """What kind of thing a path is (st_mode); None if there is none, KestrelError if that may not be known."""
+    try:
+        return os.stat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:  # ValueError: a NUL byte
+        raise KestrelError(f"{key}: cannot read {path!s:.300}: {getattr(error, 'strerror', None) or error}") from error
+
+
+def _check_may_be_listed(folder: Path, key: str) -> None:
+    try:
+        os.scandir(folder).close()
+    except OSError as error:
+        raise KestrelError(f"{key}: the folder {folder} cannot be read: {error.strerror or error}") from error
 
 
 def _is_visible(file: Path, folder: Path) -> bool:
@@ -103,8 +129,7 @@ def _text_blocks(path: Path) -> Iterator[str]:
             text = decoder.decode(raw, final=not raw)
             if "\ufffd" in text:
                 invalid += max(0, text.count("\ufffd") - raw.count("\ufffd".encode()))
-            if number == 0:
-                _check_is_text(path, raw, invalid)
+            _check_is_text(path, raw, invalid if number == 0 else 0)
             yield text
     _report_invalid(path, invalid)
 
@@ -167,7 +192,7 @@ def _json_lines(path: Path, column: str) -> Iterator[str]:
 def _json_text(line: str, column: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets within brackets, thousands deep
         raise KestrelError(f"{where}: not JSON ({error}); a .jsonl file holds one object a line") from error
     if not isinstance(record, dict):
         raise KestrelError(f'{where}: expected a JSON object such as {{"{column}": …}}, got {type(record).__name__}')

@@ -284,7 +284,7 @@ def without_surrogates(text: str) -> str:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, remedy: str = "copy it again or make a new run") -> Tokenizer:
     """The tokenizer that was saved in a folder (or its file); raises KestrelError unless it is exactly that."""
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -292,7 +292,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         return _from_document(_read_document(path))
     except (ValueError, RecursionError) as error:
         what = error if isinstance(error, KestrelError) else "it is damaged or not JSON"
-        raise KestrelError(f"cannot use the tokenizer {path}: {what}; copy it again or make a new run") from error
+        raise KestrelError(f"cannot use the tokenizer {path}: {what}; {remedy}") from error
 
 
 def tokenizer_from_json(text: str) -> Tokenizer:

@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import os
 import socket
 import threading
 import time
@@ -181,6 +182,38 @@ def test_unreadable_file_is_one_sentence(tmp_path, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------- finding files
+
+
+def test_brackets_thousands_deep_are_not_json(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": "fine"}\n' + 100_000 * "[")
+    with pytest.raises(KestrelError, match="line 2: not JSON"):
+        list(text_files.read_documents(path, "text"))
+
+
+def test_nul_bytes_are_refused_wherever_they_are(tmp_path):
+    path = write(tmp_path / "a.txt", b"a" * (text_files.BLOCK + 10) + b"\0")
+    with pytest.raises(KestrelError, match="NUL bytes"):
+        list(text_files.read_documents(path, "text"))
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "link").symlink_to("pipe.txt")
+    for name in ("pipe.txt", "link"):
+        with pytest.raises(KestrelError, match=rf"data\.files: .*{name} is not a regular file.*write it to a file"):
+            text_files.find_files([str(tmp_path / name)])
+
+
+def test_what_may_not_be_read_is_not_called_missing(tmp_path, no_privileges):
+    locked = tmp_path / "locked"
+    write(locked / "t.txt", "text")
+    locked.chmod(0)
+    try:
+        for pattern in (locked, locked / "t.txt"):
+            with pytest.raises(KestrelError, match=r"data\.val_files: .*cannot (be )?read.*: Permission denied"):
+                text_files.find_files([str(pattern)], "data.val_files")
+    finally:
+        locked.chmod(0o700)
 
 
 def test_folders_globs_and_paths_are_found_sorted_and_once(tmp_path):
