@@ -20,6 +20,7 @@ from model.ops import RECOMPUTABLE, is_interpreted
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 DEVICES = ("auto", "cpu", "cuda", "mps")
 TORCHRUN_KEYS = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+THREADS_PER_CORE = 16  # more than anybody needs; some tens of thousands end the process without a word
 
 
 @dataclass
@@ -95,6 +96,12 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
     dtype = choose_dtype(hardware.dtype, device)
     cuda_graph = choose_cuda_graph(hardware, device, dtype)
     if hardware.threads is not None:
+        most = THREADS_PER_CORE * (os.cpu_count() or 1)
+        if hardware.threads > most:
+            raise KestrelError(
+                f"hardware.threads={hardware.threads} is too many for {os.cpu_count()} cores: give at most {most}, "
+                "or null (automatic)"
+            )
         torch.set_num_threads(hardware.threads)
     if hardware.deterministic:
         make_deterministic(device)
@@ -103,6 +110,12 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
         if dtype == torch.float32:
             torch.set_float32_matmul_precision("high")  # TF32: fp32 range, 10-bit mantissa, several times the speed
     if world_size > 1 and not dist.is_initialized():
+        for key in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(key):
+                raise KestrelError(
+                    f"WORLD_SIZE={world_size} is set in the environment but {key} is not; "
+                    "start with torchrun --nproc_per_node=N train.py, or unset it"
+                )
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
@@ -120,8 +133,26 @@ def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
             f"{', '.join(present)} is set in the environment but {', '.join(missing)} is not; "
             "start with torchrun --nproc_per_node=N train.py, or unset it"
         )
-    rank, local_rank, world_size = (int(environment[key]) for key in TORCHRUN_KEYS)
+    remedy = "start with torchrun --nproc_per_node=N train.py, or unset it"
+    rank, local_rank, world_size = (_whole_number(environment, key, remedy) for key in TORCHRUN_KEYS)
+    if world_size < 1:
+        raise KestrelError(f"WORLD_SIZE={world_size} is set in the environment and must be positive; {remedy}")
+    for key, value in (("RANK", rank), ("LOCAL_RANK", local_rank)):
+        if not 0 <= value < world_size:
+            raise KestrelError(
+                f"{key}={value} is set in the environment and must be 0 to {world_size - 1} with "
+                f"WORLD_SIZE={world_size}; {remedy}"
+            )
     return rank, local_rank, world_size
+
+
+def _whole_number(environment: Mapping[str, str], key: str, remedy: str) -> int:
+    try:
+        return int(environment[key])
+    except ValueError as error:
+        raise KestrelError(
+            f"{key}={environment[key]:.80} is set in the environment and must be a whole number; {remedy}"
+        ) from error
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:

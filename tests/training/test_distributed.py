@@ -51,6 +51,38 @@ def test_half_a_torchrun_environment_is_refused_by_name(present):
         read_ranks(dict.fromkeys(present, "1"))
 
 
+@pytest.mark.parametrize(
+    ("environment", "says"),
+    [
+        (
+            {"RANK": "x", "WORLD_SIZE": "2"},
+            "RANK=x is set in the environment and must be a whole number; start with torchrun",
+        ),
+        ({"RANK": "5"}, "RANK=5 .* must be 0 to 0 with WORLD_SIZE=1; start with torchrun"),
+        ({"RANK": "-1"}, "RANK=-1 .* must be 0 to 0"),
+        ({"LOCAL_RANK": "2", "WORLD_SIZE": "2"}, "LOCAL_RANK=2 .* must be 0 to 1"),
+        ({"WORLD_SIZE": "-3"}, "WORLD_SIZE=-3 .* must be positive; start with torchrun"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_an_impossible_torchrun_environment_is_refused_by_name(environment, says):
+    with pytest.raises(KestrelError, match=says):
+        read_ranks({"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"} | environment)
+
+
+def test_ranks_that_cannot_find_each_other_are_refused(monkeypatch):
+    for key, value in {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(KestrelError, match="MASTER_ADDR is not; start with torchrun"):
+        distributed.init(HardwareConfig(device="cpu"))
+
+
+def test_more_threads_than_a_process_can_have_are_refused(no_torchrun):
+    with pytest.raises(KestrelError, match=r"hardware\.threads=1000000 is too many"):
+        distributed.init(HardwareConfig(device="cpu", threads=1_000_000))
+
+
 def test_auto_takes_the_gpu_if_there_is_one(pretend_gpu):
     pretend_gpu(count=0)
     assert choose_device("auto", 0) == CPU
