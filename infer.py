@@ -53,11 +53,18 @@ SMALL_MODEL = 10_000_000  # parameters
 
 def main(config: InferConfig) -> None:
     """Find the checkpoint, load it, do what the mode says; 130 is the exit status of a program stopped by Ctrl-C."""
+    if sys.stdout is None and config.mode != "batch":
+        raise KestrelError("standard output is closed, so a story has nowhere to go: write it to a file (> story.txt)")
     try:
         complete = {"generate": generate, "chat": chat, "batch": batch}[config.mode](config)
     except BrokenPipeError:
         close_quietly()
         return
+    except OSError as error:
+        target = error.filename or (config.output if config.mode == "batch" else "standard output")
+        if sys.stdout is not None:
+            close_quietly()
+        raise KestrelError(f"cannot write to {target}: {error.strerror or error}") from error
     except KeyboardInterrupt:
         complete = False
     if not complete:
@@ -145,7 +152,7 @@ def with_dtype_of(saved: Checkpoint, hardware: HardwareConfig) -> HardwareConfig
     """The dtype of the training run unless another is asked for; what a CPU cannot compute in, it does in its own."""
     if hardware.dtype != "auto":
         return hardware
-    dtype = saved.config.get("hardware", {}).get("dtype", "auto")
+    dtype = str(saved.config.get("hardware", {}).get("dtype", "auto"))
     is_cuda = distributed.choose_device(hardware.device, local_rank=0).type == "cuda"
     return dataclasses.replace(hardware, dtype="auto" if dtype == "float16" and not is_cuda else dtype)
 

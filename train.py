@@ -6,6 +6,11 @@ import os
 # hundredth of their speed (197 tokens/s instead of 4,796 on two busy cores). Read when torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # while the imports take their seconds, as in infer.py
+
 import csv
 import dataclasses
 from collections.abc import Iterator
@@ -28,11 +33,12 @@ from optim.muon_adamw import MuonAdamW
 from optim.schedules import make_schedule
 from training import distributed, loop, run_directory
 from training.cadence import Cadence
+from training.console import lasting_console
 from training.distributed import Device, print_main
 from training.horizon import Horizon, largest_device_batch, plan
-from training.journal import read_rows
-from training.machine import describe_machine, peak_flops
-from training.prepare import prepare_data
+from training.journal import read_rows, replace_text
+from training.machine import describe_machine, memory_bytes, peak_flops
+from training.prepare import prepare_data, require_files
 from training.profile import PROFILED, StepProfile, no_profile
 from training.report import Reporter, tensorboard_writer
 from training.run_directory import RunDirectory
@@ -43,11 +49,17 @@ REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of t
 
 def main(run: RunConfig) -> None:
     """Join the other ranks, train, and leave them whatever happened."""
+    with lasting_console():
+        join_and_train(run)
+
+
+def join_and_train(run: RunConfig) -> None:
     if run.tensorboard:
         tensorboard_writer()  # missing, it is missed now rather than when the data is ready
     device = distributed.init(run.hardware)
     try:
         ops = load_ops(run.kernels, device.device, device.dtype)
+        cost.require_memory(run.model, run.hardware.device_batch_size, memory_bytes(device.device))
         directory = choose_directory(run, device)
         with run_directory.lock(directory.path, device.is_main):
             train(run, directory, ops, device)
@@ -99,9 +111,14 @@ def settings(run: RunConfig) -> dict[str, Any]:
 
 def choose_directory(run: RunConfig, device: Device) -> RunDirectory:
     """Rank 0 chooses, all agree."""
+
+    def choose() -> RunDirectory:
+        require_files(run.data)
+        return run_directory.open_run(parent, name, run.resume, settings(run))
+
     sweep = sweep_directory()
     parent, name = (sweep.parent, sweep.name) if sweep else (Path(run.runs_dir), run.run)
-    return distributed.on_main(lambda: run_directory.open_run(parent, name, run.resume, settings(run)), device)
+    return distributed.on_main(choose, device)
 
 
 def new_model(run: RunConfig, tokenizer: Tokenizer, ops: Ops, device: Device) -> LanguageModel:
@@ -234,7 +251,7 @@ def new_reporter(
         tensorboard=run.tensorboard,
     )
     if device.is_main:
-        (directory.path / "config.yaml").write_text(to_yaml(settings(run)))
+        replace_text(directory.path / "config.yaml", [to_yaml(settings(run))])
         tokenizer.save(directory.path)
     reporter.environment(
         describe_machine(device.device)
@@ -289,4 +306,6 @@ def note_in_summary(run: RunConfig, path: Path, state: TrainState) -> None:
 
 
 if __name__ == "__main__":
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     run_command("train", main)

@@ -67,7 +67,7 @@ def close_quietly() -> None:
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
-        except BrokenPipeError:
+        except OSError:  # a broken pipe, a full disk
             os.dup2(nowhere, stream.fileno())
 
 

@@ -14,6 +14,9 @@ import pytest
 import torch
 
 import checkpoint
+from config import compose
+from errors import KestrelError
+from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
 # Small enough for two steps a second on a busy core, large enough that every part of a run happens.
@@ -126,7 +129,7 @@ def test_resume_is_bitwise(straight: Path, tmp_path: Path, cache: Path):
         assert torch.equal(ours[name], theirs[name]), name
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_finishes_the_step_saves_and_exits_0(number: signal.Signals, tmp_path: Path, cache: Path):
     process = start(tmp_path, cache, "stage.num_iterations=100000", "stage.eval_every=-1", "run=a")
     metrics = tmp_path / "runs" / "a" / "metrics.jsonl"
@@ -141,6 +144,52 @@ def test_a_signal_finishes_the_step_saves_and_exits_0(number: signal.Signals, tm
     run = tmp_path / "runs" / "a"
     saved = checkpoint.read_checkpoint(checkpoint.latest(run))
     assert saved.step == losses(run)[-1][0]
+
+
+def test_a_run_outlives_its_reader(tmp_path: Path, cache: Path):
+    process = start(tmp_path, cache, "stage.num_iterations=12", "stage.eval_every=1", "run=a")
+    while "val bpb" not in process.stdout.readline():
+        assert process.poll() is None
+    process.stdout.close()
+    err = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(timeout=60) == 0, err
+    assert err.count("\n") == 1
+    assert "Broken pipe" in err
+    assert checkpoint.read_checkpoint(checkpoint.latest(tmp_path / "runs" / "a")).step == 12
+
+
+def test_ctrl_c_while_it_starts_is_quiet(tmp_path: Path):
+    command = [sys.executable, "-X", "importtime", ROOT / "train.py"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while b" csv\n" not in process.stderr.readline():  # the first of the imports, PyTorch is yet to come
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, b"")
+    assert b"Traceback" not in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says", "leaves"),
+    [
+        ([], r"config\.yaml: Is a directory", {"runs"}),
+        (["data.files=none.txt", "run=b"], r"data\.files: there is no file none\.txt", set()),
+        (["model.head_dim=1000000", "run=b"], r"layers of width 1000000 take .* GB", set()),
+    ],
+    ids=["config", "files", "memory"],
+)
+def test_what_stops_a_run_at_its_start_is_one_sentence(
+    overrides, says, leaves, tmp_path: Path, cache: Path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KESTREL_CACHE", str(cache))
+    if leaves:
+        (tmp_path / "runs" / "a" / "config.yaml").mkdir(parents=True)
+    with pytest.raises(KestrelError, match=says):
+        train_main(compose("train", [*TINY, "run=a", *overrides]))
+    assert {path.name for path in tmp_path.iterdir()} == leaves
 
 
 def test_a_finished_run_is_not_trained_again(straight: Path, cache: Path):

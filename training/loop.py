@@ -70,7 +70,7 @@ class LossScale:
 
 
 class StopRequest:
-    """SIGINT or SIGTERM, remembered until the step is over; a second SIGINT interrupts at once."""
+    """SIGINT, SIGTERM or SIGHUP (no terminal), remembered until the step is over; a second SIGINT interrupts."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -78,8 +78,9 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere nobody signals us
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._remember)
+            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
+                    self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *exception: object) -> None:

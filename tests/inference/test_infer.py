@@ -224,6 +224,8 @@ def test_a_config_that_is_not_ours_is_refused(tmp_path):
         ("family", {"family": "os.system"}, "os.system"),
         ("type", {"n_embd": "24"}, "n_embd"),
         ("shape", {"n_embd": 48}, "does not fit"),
+        ("layers", {"n_layer": 10**9}, "n_layer"),
+        ("context", {"sequence_len": 10**12}, "sequence_len"),
     ):
         save_run(tmp_path / name, llama(), **changes)
         with pytest.raises(KestrelError, match=says):
@@ -315,6 +317,29 @@ def test_a_reader_that_leaves_is_no_error(runs):
     assert process.wait(timeout=30) == 0
     assert process.stderr.read().count(b"\n") == 1  # the line that says which model it is
     process.stderr.close()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+def test_a_full_disk_is_one_sentence(runs):
+    with open("/dev/full", "wb") as full:
+        process = start(runs, "prompt=a", "max_new_tokens=2", stdout=full)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert err.splitlines()[-1].startswith(b"error: cannot write to standard output: No space left")
+    assert err.count(b"\n") == 2  # the other says which model it is
+
+
+def test_a_closed_output_is_one_sentence(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(KestrelError, match="standard output is closed"):
+        infer.main(config_for())
+
+
+def test_hardware_of_a_checkpoint_that_is_none_is_refused(tmp_path):
+    for hardware in ([1], {"dtype": []}):
+        save_run(tmp_path / "run", llama(), hardware=hardware)
+        with pytest.raises(KestrelError, match="hardware"):
+            infer.load_engine(config_for(ckpt=tmp_path / "run"))
 
 
 def test_piped_text_is_continued_and_only_the_story_is_on_stdout(runs):
