@@ -47,6 +47,7 @@ PATH_KEYS = ("data.files", "data.val_files")
 MAX_FLOAT = 1e30  # beyond it fp32 arithmetic overflows, and JSON has no infinity: no checkpoint could hold it
 MAX_INT = 2**63 - 1
 MAX_RUN_NAME = 200  # bytes; file systems take 255, and -2, -3, … may be appended
+MAX_JOB_NAME = 255
 MAX_SAMPLES = 4096
 # What switches a number off, for who writes infinity and means that.
 OFF = {
@@ -247,8 +248,10 @@ def _run_command(config_name: str, main: Callable[[Any], None], raw_keys: tuple[
     try:
         args = get_args_parser().parse_args(sys.argv[1:])
         if not (args.help or args.hydra_help):
-            for overrides in sweep_jobs(args.overrides) if args.multirun else [args.overrides]:
-                compose(config_name, overrides)
+            jobs = sweep_jobs(args.overrides) if args.multirun else [args.overrides]
+            configs = [compose(config_name, overrides) for overrides in jobs]
+            if args.multirun and not any(item.startswith("hydra.") for item in args.overrides):
+                make_sweep_folder(configs[0].runs_dir, jobs if config_name == "train" else [])
     except (KestrelError, ValueError, ArithmeticError, HydraException, OmegaConfBaseException) as error:
         stop(one_line(error))
 
@@ -272,6 +275,24 @@ def sweep_jobs(overrides: list[str]) -> list[list[str]]:
     """The overrides of every job of a sweep, so that a mistake in the last is known before the first is trained."""
     parsed = OverridesParser.create().parse_overrides(overrides)
     return BasicSweeper.split_arguments(parsed, max_batch_size=None)[0]
+
+
+def make_sweep_folder(runs_dir: str, jobs: list[list[str]]) -> None:
+    """Make it as Hydra would, and see that its jobs can have folders, which are named after their overrides."""
+    longest = max((len(",".join(job).encode()) for job in jobs), default=0)
+    if longest > MAX_JOB_NAME:
+        raise KestrelError(
+            f"a job's folder is named after its overrides, which here take {longest} bytes of {MAX_JOB_NAME}: "
+            "give fewer (what all jobs share can go into conf/experiment/), or number the folders with "
+            "hydra.sweep.subdir='${hydra:job.num}'"
+        )
+    folder = Path(runs_dir) / "sweeps"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise KestrelError(
+            f"cannot make the folder {folder!s:.200} ({error.strerror or error}): choose another with runs_dir="
+        ) from error
 
 
 def split_raw(argv: list[str], raw_keys: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:

@@ -55,6 +55,7 @@ PATTERNS = {
     "byte": ONE_CHARACTER,
 }
 FIXED_VOCAB = {"gpt2": 50256 + len(SPECIALS), "cl100k": 100256 + len(SPECIALS), "byte": MIN_VOCAB}
+MAX_VOCAB = 1 << 20  # more than anybody uses, and than its file may hold
 DEFAULT_VOCAB = 4096
 
 FILE_NAME = "tokenizer.json"
@@ -95,6 +96,8 @@ class TokenizerConfig:
                 f"tokenizer.vocab_size must be at least {MIN_VOCAB} (256 bytes and {len(SPECIALS)} special tokens), "
                 f"got {self.vocab_size}"
             )
+        if self.vocab_size > MAX_VOCAB:
+            raise KestrelError(f"tokenizer.vocab_size must be at most {MAX_VOCAB}, got {self.vocab_size}")
         for key in ("max_chars", "doc_cap"):
             if getattr(self, key) < 1:
                 raise KestrelError(f"tokenizer.{key} must be positive, got {getattr(self, key)}")

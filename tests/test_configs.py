@@ -86,6 +86,7 @@ def error_for(*overrides: str, config_name: str = "train") -> str:
         (["model.sequence_len=100000000000"], ["model.sequence_len", "100000000000", "at most"]),
         (["model.depth=99999999"], ["model.depth", "99999999", "at most"]),
         (["model=llama", "model.n_embd=80000000"], ["model.n_embd", "80000000", "at most"]),
+        (["tokenizer.vocab_size=1000000000000"], ["tokenizer.vocab_size", "1000000000000", "at most"]),
         (["resume="], ["resume", "empty", "auto"]),
         (["resume=" + 300 * "x"], ["resume", "xxx", "too long"]),
         (["run=" + 300 * "x"], ["run", "200", "300", "shorter"]),
@@ -128,6 +129,26 @@ def test_a_mistake_in_the_last_job_of_a_sweep_is_known_before_the_first(sweep, s
     assert (stopped.value.code, out, err.count("\n")) == (2, "", 1)
     assert all(word in err for word in says), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["seed=1,2", "runs_dir=file"], ["file/sweeps", "Not a directory", "runs_dir="]),
+        (["seed=1,2", "data.files=" + 250 * "x"], ["named after its overrides", "hydra.sweep.subdir"]),
+    ],
+    ids=["runs_dir", "name"],
+)
+def test_a_sweep_whose_folders_cannot_be_made_is_one_line(overrides, says, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["train.py", "-m", *overrides])
+    with pytest.raises(SystemExit) as stopped:
+        config.run_command("train", lambda run: pytest.fail("a job was begun"))
+    err = capsys.readouterr().err
+    assert (stopped.value.code, err.count("\n")) == (2, 1)
+    assert all(word in err for word in says), err
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_the_jobs_of_a_sweep_are_its_product():
