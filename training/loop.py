@@ -78,9 +78,11 @@ class StopRequest:
 
     def __enter__(self) -> "StopRequest":
         with contextlib.suppress(ValueError):  # only the main thread may set handlers; elsewhere nobody signals us
-            for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
-                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup has it ignored
-                    self._previous[number] = signal.signal(number, self._remember)
+            numbers = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+                numbers.append(signal.SIGHUP)
+            for number in numbers:
+                self._previous[number] = signal.signal(number, self._remember)
         return self
 
     def __exit__(self, *exception: object) -> None:

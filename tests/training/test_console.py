@@ -1,12 +1,14 @@
 """A console that goes away takes nothing with it."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
 import pytest
 
 from training.console import LastingStream, lasting_console
+from training.loop import StopRequest
 
 
 def test_a_reader_that_leaves_is_told_of_once_and_then_forgotten(monkeypatch, capsys):
@@ -48,3 +50,14 @@ def test_a_character_the_console_cannot_show_is_a_question_mark(tmp_path: Path):
     with open(tmp_path / "out.txt", "w", encoding="ascii") as file:
         LastingStream(file, "standard output").write("é and e")
     assert (tmp_path / "out.txt").read_text() == "? and e"
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_terminal_that_hangs_up_asks_to_stop_unless_that_is_to_be_ignored(ignored: bool):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if ignored else signal.SIG_DFL)
+    try:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == (None if ignored else signal.SIGHUP)
+    finally:
+        signal.signal(signal.SIGHUP, before)
