@@ -95,6 +95,9 @@ def batch(config: InferConfig) -> bool:
     for key in ("input", "output"):
         if not getattr(config, key):
             raise KestrelError(f"mode=batch needs {key}=: input= has a prompt on every line, output= gets the answers")
+        path = os.path.expanduser(getattr(config, key))
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise KestrelError(f"{key}={path} is not a regular file: both are read before the first answer")
     engine = load_engine(config)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     return run_batch(engine, config.sampling(), Path(config.input).expanduser(), Path(config.output).expanduser())

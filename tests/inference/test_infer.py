@@ -335,6 +335,16 @@ def test_a_closed_output_is_one_sentence(monkeypatch):
         infer.main(config_for())
 
 
+def test_a_device_is_no_file_of_prompts_or_answers(tmp_path):
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}')
+    for given in (
+        {"input": "/dev/zero", "output": tmp_path / "o"},
+        {"input": tmp_path / "in.jsonl", "output": "/dev/zero"},
+    ):
+        with pytest.raises(KestrelError, match="=/dev/zero is not a regular file"):
+            infer.main(config_for("mode=batch", **given))
+
+
 def test_hardware_of_a_checkpoint_that_is_none_is_refused(tmp_path):
     for hardware in ([1], {"dtype": []}):
         save_run(tmp_path / "run", llama(), hardware=hardware)
