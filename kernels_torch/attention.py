@@ -86,11 +86,7 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids
     check_devices(q=q, doc_ids=doc_ids)
     if q.shape[1] > k.shape[1]:
         raise ValueError(f"there must be at least as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
-    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 0):
-        raise ValueError(
-            f"window must be a whole number and not negative, got {window} (0: each token sees itself; "
-            "None: all before it)"
-        )
+    check_window(window)
     if doc_ids is not None:
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"doc_ids need as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
@@ -98,6 +94,15 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids
             raise ValueError(f"doc_ids must have shape {tuple(q.shape[:2])}, got {tuple(doc_ids.shape)}")
         if not holds_integers(doc_ids):
             raise ValueError(f"doc_ids must be integers, got {doc_ids.dtype}")
+
+
+def check_window(window: int | None) -> None:
+    """How many earlier tokens are seen is counted."""
+    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 0):
+        raise ValueError(
+            f"window must be a whole number and not negative, got {window} (0: each token sees itself; "
+            "None: all before it)"
+        )
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

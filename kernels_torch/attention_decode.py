@@ -8,7 +8,7 @@ them (0 · NaN is NaN, so masking the weights alone would not do). A kernel can 
 import torch
 from torch import Tensor
 
-from kernels_torch.attention import check_heads, fused_attention, visible
+from kernels_torch.attention import check_heads, check_window, fused_attention, visible
 from kernels_torch.checks import check_devices, holds_integers
 
 
@@ -103,8 +103,7 @@ def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths:
         raise ValueError(
             f"lengths must be an integer tensor [{q.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
         )
-    if window is not None and window < 0:
-        raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
+    check_window(window)
 
 
 def check_attention_decode_paged(
@@ -129,5 +128,4 @@ def check_attention_decode_paged(
         raise ValueError(f"{Tn} new tokens do not fit a cache of {block_table.shape[1] * page}")
     if tuple(lengths.shape) != (B,) or not holds_integers(lengths):
         raise ValueError(f"lengths must be an integer tensor [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must not be negative, got {window} (0: each token sees itself; None: all before it)")
+    check_window(window)
