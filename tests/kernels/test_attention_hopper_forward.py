@@ -1,8 +1,5 @@
 """Attention on Hopper, forward: against a softmax in fp64 and plain PyTorch, and that it compiles where no GPU is."""
 
-import os
-import subprocess
-import sys
 from importlib import import_module
 from itertools import product
 
@@ -11,7 +8,7 @@ import torch
 
 import kernels_torch
 from kernels_torch.attention import visible
-from tests.conftest import HAS_GPU
+from tests.kernels.hopper import on_hopper, run_without_interpreter
 from tests.kernels.test_contract import BACKENDS
 from tests.numerics import assert_close
 
@@ -19,9 +16,7 @@ try:
     HOPPER = import_module("kernels_triton.attention.hopper.forward") if "triton" in BACKENDS else None
 except ImportError:  # Triton before 3.6
     HOPPER = None
-IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability()[0] == 9
 pytestmark = pytest.mark.skipif(HOPPER is None, reason="needs Triton 3.6 or newer")
-on_hopper = pytest.mark.skipif(not IS_HOPPER, reason="needs a Hopper GPU")
 SHAPES = [  # B, Tq, Tk, H, Hkv
     (2, 1, 1, 3, 3), (1, 1, 257, 2, 2), (1, 130, 130, 2, 1), (2, 77, 333, 4, 2), (1, 128, 256, 1, 1),
     (2, 513, 513, 3, 1), (1, 1023, 1024, 2, 2), (3, 1024, 1024, 17, 17), (1, 4224, 4224, 12, 4),
@@ -188,10 +183,4 @@ print(ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), ptx.count
 
 @pytest.mark.parametrize(("D", "kind"), [(128, "plain"), (64, "masked")])
 def test_compiles_without_a_gpu(D, kind):
-    """In a process of its own: here kernels are the interpreter's."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE, str(D), kind], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert all(int(count) > 0 for count in done.stdout.split())
+    assert all(count > 0 for count in run_without_interpreter(COMPILE, str(D), kind))
