@@ -104,9 +104,9 @@ def test_cuda_graphs_train_as_eager_steps_do(arch: str, kernels: str, tmp_path: 
             "model=d2", "model.sequence_len=256", f"arch={arch}", "data.megabytes=0.5", "tokenizer=byte",
             f"kernels={kernels}", "stage.total_batch_size=4096", "hardware.device_batch_size=8", "hardware=gpu",
             "stage.eval_tokens=4096", "stage.num_iterations=12", "stage.eval_every=4", "optim.grad_clip=1",
-            f"hardware.cuda_graph={graph}", f"run={graph}", f"runs_dir={tmp_path}",
+            f"hardware.cuda_graph={graph}", f"run=graph-{graph}", f"runs_dir={tmp_path}",
         ]  # fmt: skip
         train.main(compose("train", overrides))
-        rows = [json.loads(line) for line in (tmp_path / graph / "metrics.jsonl").read_text().splitlines()]
+        rows = [json.loads(line) for line in (tmp_path / f"graph-{graph}" / "metrics.jsonl").read_text().splitlines()]
         losses[graph] = [row["train_loss"] for row in rows if "train_loss" in row]
     assert losses["true"] == pytest.approx(losses["false"], rel=2e-3)
