@@ -83,18 +83,11 @@ class CacheRows:
     # What a model does.
 
     def reserve(self, n_tokens: int) -> None:
-        """Begin a call that brings `n_tokens` tokens a row: find out where they go."""
-        page = self.cache.page
-        self.coming = n_tokens
+        """Begin a call that brings `n_tokens` tokens a row."""
         self.ends = self.lengths + n_tokens
-        positions = self.lengths[:, None] + torch.arange(n_tokens, device=self.lengths.device)  # (B, T)
-        blocks = self.block_table.gather(1, positions // page)
-        self.places = blocks * page + positions % page  # in the pages as one long row
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k and v [B, T, Hkv, D] of the call's tokens → all pages of the layer [P, page, Hkv, D]."""
-        for pages, new in ((self.cache.k[layer], k), (self.cache.v[layer], v)):
-            pages.flatten(0, 1)[self.places] = new.to(pages.dtype)
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
+        """All pages of a layer [P, page, Hkv, D], keys and values."""
         return self.cache.k[layer], self.cache.v[layer]
 
     def advance(self, n_tokens: int | Tensor) -> None:

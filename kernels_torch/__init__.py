@@ -14,7 +14,7 @@ from kernels_torch.linear_cross_entropy import linear_cross_entropy
 from kernels_torch.mlp import relu2_mlp, swiglu_mlp
 from kernels_torch.muon import muon_momentum, muon_update
 from kernels_torch.newton_schulz import newton_schulz
-from kernels_torch.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
+from kernels_torch.qk_norm_rope import qk_norm_rope, qk_norm_rope_append, qk_norm_rope_append_paged
 from kernels_torch.rmsnorm import rmsnorm
 from kernels_torch.smear import smear
 from kernels_torch.softmax import softmax
@@ -37,6 +37,7 @@ __all__ = [
     "newton_schulz",
     "qk_norm_rope",
     "qk_norm_rope_append",
+    "qk_norm_rope_append_paged",
     "relu2_mlp",
     "rmsnorm",
     "smear",

@@ -157,6 +157,34 @@ def qk_norm_rope_append_inputs(
     )
 
 
+def qk_norm_rope_append_paged_inputs(
+    B: int,
+    T: int,
+    page: int,
+    n: int,
+    H: int,
+    Hkv: int,
+    D: int,
+    eps: float | None = 1e-6,
+    scale: float = 1.0,
+    full: bool = False,
+    short: int = 0,
+) -> Shape:
+    """The cache of qk_norm_rope_append_inputs, cut into pages that lie in any order among some that are nobody's.
+
+    short   rows that the rotary tables lack
+    """
+    inputs = qk_norm_rope_append_inputs(B, T, n * page - short, H, Hkv, D, eps, scale, full)
+    order = 1 + torch.randperm(B * n + 2)  # page 0 is nobody's
+    del inputs["k_cache"], inputs["v_cache"]
+    return dict(
+        inputs,
+        k_pages=randn(B * n + 3, page, Hkv, D),
+        v_pages=randn(B * n + 3, page, Hkv, D),
+        block_table=order[: B * n].view(B, n).to(torch.int32),
+    )
+
+
 def qk_norm_rope_inputs(
     B: int, T: int, H: int, Hkv: int, D: int, start: int | str = 0, eps: float | None = 1e-6, scale: float = 1.0
 ) -> Shape:
@@ -517,6 +545,23 @@ CASES = {
                 dict(B=0, T=1, S=4, H=2, Hkv=1, D=8),
             ],
             time=[dict(B=B, T=1, S=2048, H=H, Hkv=H, D=128) for B, H in ((1, 6), (32, 6), (32, 16))],
+        ),
+        Case(
+            "qk_norm_rope_append_paged",
+            inputs=qk_norm_rope_append_paged_inputs,
+            flops=lambda B, T, H, Hkv, D, **_: 8 * B * T * (H + Hkv) * D,
+            bytes=lambda B, T, H, Hkv, D, **_: 2 * B * T * (H + 2 * Hkv) * D,
+            batched=("q", "k", "v"),
+            fp32=("cos", "sin"),
+            check=[
+                dict(B=3, T=1, page=4, n=3, H=4, Hkv=2, D=16),
+                dict(B=2, T=5, page=4, n=4, H=2, Hkv=1, D=6, scale=1.2),
+                dict(B=4, T=3, page=7, n=1, H=2, Hkv=2, D=8, eps=None),
+                dict(B=5, T=3, page=2, n=3, H=3, Hkv=1, D=32, full=True),
+                dict(B=3, T=2, page=4, n=2, H=2, Hkv=1, D=8, full=True, short=3),
+                dict(B=0, T=1, page=4, n=1, H=2, Hkv=1, D=8),
+            ],
+            time=[dict(B=B, T=1, page=32, n=64, H=H, Hkv=H, D=128) for B, H in ((1, 6), (32, 6), (32, 16))],
         ),
         Case(
             "qk_norm_rope",

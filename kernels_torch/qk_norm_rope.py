@@ -70,19 +70,76 @@ def qk_norm_rope_append(
     """
     check_qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps)
     with torch.no_grad():
-        T, S = q.shape[1], k_cache.shape[1]
-        steps = torch.arange(T, device=q.device)
-        positions = (lengths[:, None] + steps).clamp(max=S - 1)  # [B, T]
-        cos, sin = (table[positions].unsqueeze(2).to(compute_dtype(q)) for table in (cos, sin))
-        q, k = (rotate_and_norm(x, cos, sin, eps, scale) for x in (q, k))
+        S = k_cache.shape[1]
+        positions = positions_with_room(lengths, q.shape[1], S)  # [B, T]
+        angles = angles_at(positions, cos, sin, q)
+        q, k = (rotate_and_norm(x, *angles, eps, scale) for x in (q, k))
         rows = torch.arange(q.shape[0], device=q.device)[:, None]
-        # Tokens without room write the last slot once more, with what belongs there: its own token or its old value.
-        tokens = torch.minimum(steps, S - 1 - lengths[:, None])  # [B, T]
         for cache, new in ((k_cache, k), (v_cache, v)):
-            old = cache[:, S - 1 :]
-            new = torch.where((tokens < 0)[:, :, None, None], old, new[rows, tokens.clamp(min=0)].to(cache.dtype))
-            cache[rows, positions] = new
+            write(cache, (rows, positions), new, lengths, S)
     return q, k_cache, v_cache
+
+
+def qk_norm_rope_append_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    *,
+    eps: float | None = 1e-6,
+    scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope_append` to pages: position s of row b is entry s % page of page block_table[b, s // page].
+
+    q                 [B, T, H, D]
+    k, v              [B, T, Hkv, D], the dtype of q
+    k_pages, v_pages  [P, page, Hkv, D], any strides and any floating-point dtype: written in place
+    block_table       [B, n] integers on the device: the pages of each row in order; those that are written to must be
+                      pages, and no two rows' (neither is checked: that would wait for the device)
+    cos, sin          [S, D/2] fp32
+    lengths           [B] integers on the device: tokens each row holds already; what has no room in n · page, or no
+                      row in the tables, is dropped
+    eps, scale        as in qk_norm_rope
+    → (q, k_pages, v_pages): q rotated and normalised, and the pages themselves
+
+    There is no gradient. Raises ValueError for shapes and dtypes that do not fit together.
+    """
+    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps)
+    with torch.no_grad():
+        page = k_pages.shape[1]
+        S = min(block_table.shape[1] * page, cos.shape[0])
+        positions = positions_with_room(lengths, q.shape[1], S)  # [B, T]
+        angles = angles_at(positions, cos, sin, q)
+        q, k = (rotate_and_norm(x, *angles, eps, scale) for x in (q, k))
+        places = (block_table.gather(1, positions // page).long(), positions % page)
+        for pages, new in ((k_pages, k), (v_pages, v)):
+            write(pages, places, new, lengths, S)
+    return q, k_pages, v_pages
+
+
+def positions_with_room(lengths: Tensor, T: int, S: int) -> Tensor:
+    """Where T new tokens of each row stand [B, T] int64; those that have no room in S, at the last place that is."""
+    return (lengths.long()[:, None] + torch.arange(T, device=lengths.device)).clamp(max=S - 1)
+
+
+def angles_at(positions: Tensor, cos: Tensor, sin: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """Rows [B, T, 1, D/2] of both tables, in what x is computed in."""
+    return tuple(table[positions].unsqueeze(2).to(compute_dtype(x)) for table in (cos, sin))
+
+
+def write(cache: Tensor, places: tuple[Tensor, Tensor], new: Tensor, lengths: Tensor, S: int) -> None:
+    """cache[places] = new, where those without room write the last place once more, with what belongs there: their
+    row's own token or its old value."""
+    B, T = new.shape[:2]
+    tokens = torch.minimum(torch.arange(T, device=new.device), S - 1 - lengths[:, None])  # [B, T]
+    rows = torch.arange(B, device=new.device)[:, None]
+    old = cache[places]
+    cache[places] = torch.where((tokens < 0)[:, :, None, None], old, new[rows, tokens.clamp(min=0)].to(cache.dtype))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -151,3 +208,33 @@ def check_qk_norm_rope_append(
         raise ValueError(f"the caches must be floating point, got {k_cache.dtype} and {v_cache.dtype}")
     if cos.shape[0] < k_cache.shape[1]:
         raise ValueError(f"a cache of {k_cache.shape[1]} tokens needs as many rotary rows, got {cos.shape[0]}")
+
+
+def check_qk_norm_rope_append_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    eps: float | None,
+) -> None:
+    """Refuse what `qk_norm_rope_append_paged` cannot mean."""
+    check_devices(q=q, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
+    check_qk_norm_rope(q, k, cos, sin, lengths, eps)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
+    B, _, Hkv, D = k.shape
+    if k_pages.dim() != 4 or tuple(k_pages.shape[2:]) != (Hkv, D) or v_pages.shape != k_pages.shape:
+        raise ValueError(f"pages must be [P, page, {Hkv}, {D}], got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}")
+    if not (k_pages.is_floating_point() and v_pages.is_floating_point()):
+        raise ValueError(f"pages must be floating point, got {k_pages.dtype} and {v_pages.dtype}")
+    if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
+        raise ValueError(
+            f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"
+        )
+    if B and block_table.shape[1] * k_pages.shape[1] == 0:
+        raise ValueError(f"{B} rows have no page to write to")

@@ -13,7 +13,7 @@ from kernels_triton.linear_cross_entropy import linear_cross_entropy
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.muon import muon_momentum, muon_update
 from kernels_triton.newton_schulz import newton_schulz
-from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append
+from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append, qk_norm_rope_append_paged
 from kernels_triton.rmsnorm import rmsnorm
 from kernels_triton.smear import smear
 from kernels_triton.softmax import softmax
@@ -41,6 +41,7 @@ __all__ = [
     "newton_schulz",
     "qk_norm_rope",
     "qk_norm_rope_append",
+    "qk_norm_rope_append_paged",
     "relu2_mlp",
     "rmsnorm",
     "smear",

@@ -1,4 +1,4 @@
-"""Rotary positions, RMS norm and scale of queries and keys together, and the same straight into a key-value cache.
+"""Rotary positions, RMS norm and scale of queries and keys together, and the same straight into a key-value cache or pages.
 
 With a head split into halves [x1; x2], θ = position · frequency and R the rotation by −θ:
 
@@ -32,10 +32,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels_torch.qk_norm_rope import check_qk_norm_rope, check_qk_norm_rope_append
+from kernels_torch.qk_norm_rope import (
+    check_qk_norm_rope, check_qk_norm_rope_append, check_qk_norm_rope_append_paged,
+)
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
-from kernels_triton.rows import values_side_by_side
+from kernels_triton.rows import stride_of, values_side_by_side
 
 # Warps a program. On an H200 (copy 4.25 TB/s; µs between events, L2 flushed, bf16; in brackets a plain copy of as many
 # bytes), forward and backward: B32 T2048 H6 D128 100.8 (99.2) and 145.6 (144.4), B16 T2048 H16 D128 134.1 (130.3) and
@@ -201,9 +203,9 @@ def _qk_norm_rope_bwd_kernel(
 
 @triton.jit
 def _append(
-    i_p, x, z, cos, sin, lengths, stride_xb, stride_xt, stride_xh, stride_zb, stride_zs, stride_zh, stride_zd,
-    stride_cos, stride_sin, stride_lengths, T, S,
-    H: tl.constexpr, D: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
+    i_p, x, z, table, cos, sin, lengths, stride_xb, stride_xt, stride_xh, stride_zb, stride_zs, stride_zh, stride_zd,
+    stride_tb, stride_tn, stride_cos, stride_sin, stride_lengths, T, S,
+    H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
     ROTATED: tl.constexpr, CACHED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):
     """x, rotated or as it is, to the same tokens of z or, if that is a cache, behind what it holds."""
@@ -216,39 +218,44 @@ def _append(
         b_cos, b_sin = _load_angles(cos, sin, o_c, m_x, stride_cos, stride_sin, S, D, BD)               # [BN, BD]
         b_z1, b_z2 = _norm_rope(b_z1, b_z2, b_cos, b_sin, D, eps, scale)                                # [BN, BD]
     if CACHED:
-        o_z, m_z = i_b * stride_zb + o_p * stride_zs + o_h * stride_zh, m_x & (o_p >= 0) & (o_p < S)
-        _store_halves(z, b_z1, b_z2, o_z, stride_zd, m_z, D, BD)
+        m_z = m_x & (o_p >= 0) & (o_p < S)
+        if table is None:
+            o_z = i_b * stride_zb + o_p * stride_zs
+        else:
+            b_page = tl.load(table + i_b * stride_tb + o_p // PAGE * stride_tn, mask=m_z, other=0).to(tl.int64)
+            o_z = b_page * stride_zb + o_p % PAGE * stride_zs
+        _store_halves(z, b_z1, b_z2, o_z + o_h * stride_zh, stride_zd, m_z, D, BD)
     else:
         _store_halves(z, b_z1, b_z2, ((i_b * T + o_t) * H + o_h) * D, 1, m_x, D, BD)
 
 
 @triton.jit(do_not_specialize=["n_q", "n_k"])
 def _qk_norm_rope_append_kernel(
-    q, k, v, zq, k_cache, v_cache, cos, sin, lengths,
+    q, k, v, zq, k_cache, v_cache, table, cos, sin, lengths,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_kcb, stride_kcs, stride_kch, stride_kcd, stride_vcb, stride_vcs, stride_vch, stride_vcd,
-    stride_cos, stride_sin, stride_lengths, T, S, n_q, n_k,
-    H: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
+    stride_tb, stride_tn, stride_cos, stride_sin, stride_lengths, T, S, n_q, n_k,
+    H: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr,
 ):
-    """n_q programs for q, then n_k for k, then as many for v."""
+    """n_q programs for q, then n_k for k, then as many for v. Without a table rows of the cache lie in one piece."""
     i_p = tl.program_id(0)
     if i_p < n_q:
         _append(
-            i_p, q, zq, cos, sin, lengths, stride_qb, stride_qt, stride_qh, None, None, None, None,
-            stride_cos, stride_sin, stride_lengths, T, S, H, D, eps, scale, True, False, BN, BD,
+            i_p, q, zq, None, cos, sin, lengths, stride_qb, stride_qt, stride_qh, None, None, None, None, None, None,
+            stride_cos, stride_sin, stride_lengths, T, S, H, D, PAGE, eps, scale, True, False, BN, BD,
         )
     elif i_p < n_q + n_k:
         _append(
-            i_p - n_q, k, k_cache, cos, sin, lengths, stride_kb, stride_kt, stride_kh,
-            stride_kcb, stride_kcs, stride_kch, stride_kcd,
-            stride_cos, stride_sin, stride_lengths, T, S, Hkv, D, eps, scale, True, True, BN, BD,
+            i_p - n_q, k, k_cache, table, cos, sin, lengths, stride_kb, stride_kt, stride_kh,
+            stride_kcb, stride_kcs, stride_kch, stride_kcd, stride_tb, stride_tn,
+            stride_cos, stride_sin, stride_lengths, T, S, Hkv, D, PAGE, eps, scale, True, True, BN, BD,
         )
     else:
         _append(
-            i_p - n_q - n_k, v, v_cache, cos, sin, lengths, stride_vb, stride_vt, stride_vh,
-            stride_vcb, stride_vcs, stride_vch, stride_vcd,
-            stride_cos, stride_sin, stride_lengths, T, S, Hkv, D, eps, scale, False, True, BN, BD,
+            i_p - n_q - n_k, v, v_cache, table, cos, sin, lengths, stride_vb, stride_vt, stride_vh,
+            stride_vcb, stride_vcs, stride_vch, stride_vcd, stride_tb, stride_tn,
+            stride_cos, stride_sin, stride_lengths, T, S, Hkv, D, PAGE, eps, scale, False, True, BN, BD,
         )
 
 
@@ -322,10 +329,10 @@ def _qk_norm_rope_bwd(
 
 
 def _qk_norm_rope_append(
-    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor,
-    eps: float | None, scale: float,
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None, cos: Tensor, sin: Tensor,
+    lengths: Tensor, eps: float | None, scale: float,
 ) -> Tensor:
-    """Fill the caches; → q rotated, normalised and scaled."""
+    """Fill the caches, or with a table [B, n] the pages; → q rotated, normalised and scaled."""
     zq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     BN, BD = block(q)
     n_q, n_k = blocks_of(q, BN), blocks_of(k, BN)
@@ -333,16 +340,19 @@ def _qk_norm_rope_append(
         return zq
     (qb, qt, qh), (kb, kt, kh), (vb, vt, vh) = strides(q), strides(k), strides(v)
     (kcb, kcs, kch, kcd), (vcb, vcs, vch, vcd) = k_cache.stride(), v_cache.stride()
+    page = k_cache.shape[1]
+    S = page if table is None else min(table.shape[1] * page, cos.shape[0])
     launch(
         _qk_norm_rope_append_kernel, (n_q + 2 * n_k,), q=q, k=k, v=v, zq=zq, k_cache=k_cache, v_cache=v_cache,
-        cos=cos, sin=sin, lengths=lengths,
+        table=table, cos=cos, sin=sin, lengths=lengths,
         stride_qb=qb, stride_qt=qt, stride_qh=qh, stride_kb=kb, stride_kt=kt, stride_kh=kh,
         stride_vb=vb, stride_vt=vt, stride_vh=vh,
         stride_kcb=kcb, stride_kcs=kcs, stride_kch=kch, stride_kcd=kcd,
         stride_vcb=vcb, stride_vcs=vcs, stride_vch=vch, stride_vcd=vcd,
-        stride_cos=cos.stride(0), stride_sin=sin.stride(0), stride_lengths=lengths.stride(0),
-        T=q.shape[1], S=k_cache.shape[1], n_q=n_q, n_k=n_k, H=q.shape[2], Hkv=k.shape[2], D=q.shape[3],
-        eps=eps, scale=scale, BN=BN, BD=BD, num_warps=WARPS,
+        stride_tb=stride_of(table, 0), stride_tn=stride_of(table, 1), stride_cos=cos.stride(0),
+        stride_sin=sin.stride(0), stride_lengths=lengths.stride(0),
+        T=q.shape[1], S=S, n_q=n_q, n_k=n_k, H=q.shape[2], Hkv=k.shape[2], D=q.shape[3],
+        PAGE=None if table is None else page, eps=eps, scale=scale, BN=BN, BD=BD, num_warps=WARPS,
     )
     return zq
 
@@ -397,8 +407,27 @@ def qk_norm_rope_append(
     check_qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps)
     check_gpu(q=q)
     with torch.no_grad():
-        q, k, v = values_side_by_side(q), values_side_by_side(k), values_side_by_side(v)
-        cos, sin = table_of(cos, q), table_of(sin, q)
-        eps = eps if eps is None else float(eps)
-        q = _qk_norm_rope_append(q, k, v, k_cache, v_cache, cos, sin, lengths, eps, float(scale))
+        q = _appended(q, k, v, k_cache, v_cache, None, cos, sin, lengths, eps, scale)
     return q, k_cache, v_cache
+
+
+def qk_norm_rope_append_paged(
+    q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cos: Tensor, sin: Tensor,
+    lengths: Tensor, *, eps: float | None = 1e-6, scale: float = 1.0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels_torch.qk_norm_rope_append_paged, in one launch. Arguments: see there."""
+    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps)
+    check_gpu(q=q)
+    with torch.no_grad():
+        q = _appended(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, scale)
+    return q, k_pages, v_pages
+
+
+def _appended(
+    q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None, cos: Tensor, sin: Tensor,
+    lengths: Tensor, eps: float | None, scale: float,
+) -> Tensor:
+    q, k, v = values_side_by_side(q), values_side_by_side(k), values_side_by_side(v)
+    cos, sin = table_of(cos, q), table_of(sin, q)
+    eps = eps if eps is None else float(eps)
+    return _qk_norm_rope_append(q, k, v, k_cache, v_cache, table, cos, sin, lengths, eps, float(scale))

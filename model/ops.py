@@ -36,6 +36,7 @@ class Ops:
     value_embedding: Callable
     qk_norm_rope: Callable
     qk_norm_rope_append: Callable
+    qk_norm_rope_append_paged: Callable
     attention: Callable
     attention_decode: Callable
     attention_decode_paged: Callable
@@ -48,7 +49,8 @@ class Ops:
     adamw_update: Callable
 
 
-FORMS = {"attention_decode_paged": "attention_decode"}  # the same op against pages: chosen by the same key
+# The same op on pages: chosen by the same key.
+FORMS = {"attention_decode_paged": "attention_decode", "qk_norm_rope_append_paged": "qk_norm_rope_append"}
 OP_NAMES = [f.name for f in fields(Ops) if f.name not in FORMS]
 SAME_AS_BACKEND = "${.backend}"  # OmegaConf resolves it; without OmegaConf it means the same
 

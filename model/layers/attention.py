@@ -21,8 +21,7 @@ class Cache(Protocol):
     is_empty: bool  # no row holds a token yet, known without asking the device
 
     def reserve(self, n_tokens: int) -> None: ...
-    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]: ...  # in one piece
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]: ...  # in pages
+    def of_layer(self, layer: int) -> tuple[Tensor, Tensor]: ...  # keys and values, in one piece or in pages
     def advance(self, n_tokens: int | Tensor) -> None: ...
     def recall(self, name: str, like: Tensor) -> Tensor: ...
     def remember(self, name: str, value: Tensor, after_each: Tensor | None = None) -> None: ...
@@ -97,14 +96,12 @@ class Attention(nn.Module):
 
     def attend_cached(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
         """Attention over the tokens given, which join the cache, and those before them."""
+        kv, options = cache.of_layer(self.layer), dict(eps=self.qk_eps, scale=self.qk_scale)
         if cache.block_table is not None:
-            q, k = self.ops.qk_norm_rope(q, k, cos, sin, start=cache.lengths, eps=self.qk_eps, scale=self.qk_scale)
-            pages = cache.append(self.layer, k, v)
+            places = (cache.block_table, cos, sin, cache.lengths)
+            q, *pages = self.ops.qk_norm_rope_append_paged(q, k, v, *kv, *places, **options)
             return self.ops.attention_decode_paged(q, *pages, cache.block_table, cache.ends, window=self.window)
-        kv = cache.of_layer(self.layer)
-        q, k_all, v_all = self.ops.qk_norm_rope_append(
-            q, k, v, *kv, cos, sin, cache.lengths, eps=self.qk_eps, scale=self.qk_scale
-        )
+        q, k_all, v_all = self.ops.qk_norm_rope_append(q, k, v, *kv, cos, sin, cache.lengths, **options)
         if cache.is_empty:  # a first prefill sees nothing but itself: the training kernel does it best
             T = q.shape[1]
             return self.ops.attention(q, k_all[:, :T], v_all[:, :T], window=self.window)

@@ -374,6 +374,16 @@ REFUSED = {
             "9 tokens needs as many rotary rows, got 5",
         ),
     ],
+    "qk_norm_rope_append_paged": [
+        (half("v"), "v must be"),
+        (half("k_pages"), "pages must be"),
+        (half("cos"), "cos and sin"),
+        (as_int("v_pages"), "int32"),
+        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
+        (lambda inputs: {"block_table": inputs["block_table"].float()}, "block_table .*float32"),
+        (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
+        (lambda inputs: {"block_table": inputs["block_table"][:, :0]}, "no page"),
+    ],
     "muon_momentum": [
         (half("momentum"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
         (as_int("grads"), "int32"),
