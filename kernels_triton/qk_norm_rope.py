@@ -33,7 +33,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from kernels_torch.qk_norm_rope import (
-    check_qk_norm_rope, check_qk_norm_rope_append, check_qk_norm_rope_append_paged,
+    check_qk_norm_rope,
+    check_qk_norm_rope_append,
+    check_qk_norm_rope_append_paged,
 )
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
