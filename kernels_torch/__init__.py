@@ -11,6 +11,7 @@ from kernels_torch.embedding import embedding
 from kernels_torch.gelu import gelu
 from kernels_torch.layer_norm import layer_norm
 from kernels_torch.linear_cross_entropy import linear_cross_entropy
+from kernels_torch.linear_decode import linear_decode
 from kernels_torch.mlp import relu2_mlp, swiglu_mlp
 from kernels_torch.muon import muon_momentum, muon_update
 from kernels_torch.newton_schulz import newton_schulz
@@ -31,6 +32,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_decode",
     "mix_rmsnorm",
     "muon_momentum",
     "muon_update",

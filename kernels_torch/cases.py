@@ -13,6 +13,7 @@ from torch import Tensor, rand, randint, randn
 
 from kernels_torch.adamw import AdamWRates
 from kernels_torch.muon import variance_shape
+from kernels_torch.quantised_weight import GROUP, quantise
 
 Shape = dict[str, Any]
 
@@ -66,12 +67,14 @@ class Case:
 
 
 def clone_as(value: Any, dtype: torch.dtype) -> Any:
-    """A floating-point tensor in another dtype, other tensors copied, an op's dtype option set, the rest as it is."""
+    """A floating-point tensor in another dtype, other tensors and codes copied, an op's dtype option set, the rest as
+    it is."""
     if isinstance(value, torch.dtype):
         return dtype
     if not isinstance(value, Tensor):
         return value
-    return value.detach().to(dtype if value.is_floating_point() else value.dtype, copy=True)
+    is_code = not value.is_floating_point() or value.element_size() == 1
+    return value.detach().to(value.dtype if is_code else dtype, copy=True)
 
 
 def rmsnorm_inputs(M: int, D: int, weight: bool = False, eps: float = 1e-6) -> Shape:
@@ -255,6 +258,34 @@ def linear_cross_entropy_inputs(
         vocab_size=V,
         softcap=softcap,
         reduction=reduction,
+    )
+
+
+def linear_decode_inputs(
+    N: int,
+    C: int,
+    F: int,
+    form: str | None = None,
+    group: int = GROUP,
+    norm: bool = False,
+    gain: bool = False,
+    activation: str | None = None,
+    residual: bool = False,
+    out_dtype: torch.dtype | None = None,
+) -> Shape:
+    """form: of the weight's codes; None: it is no codes. F counts the rows of the weight."""
+    weight, scales = randn(F, C) / C**0.5, None
+    if form is not None:
+        weight, scales = quantise(weight, form, group)
+    return dict(
+        x=randn(N, C),
+        weight=weight,
+        scales=scales,
+        norm_weight=1 + 0.5 * randn(C) if gain else None,
+        eps=1e-6 if norm or gain else None,
+        activation=activation,
+        residual=randn(N, F // 2 if activation == "swiglu" else F) if residual else None,
+        out_dtype=out_dtype,
     )
 
 
@@ -689,6 +720,37 @@ CASES = {
                 dict(N=0, D=4, V=6),
             ],
             time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
+        ),
+        Case(
+            "linear_decode",
+            inputs=linear_decode_inputs,
+            flops=lambda N, C, F, **_: 2 * N * C * F,
+            bytes=lambda N, C, F, form=None, **_: N * (C + F) + C * F * {None: 1, "int4": 0.25}.get(form, 0.5),
+            batched=("x", "residual"),
+            fp32=("scales", "norm_weight", "out_dtype"),
+            check=[
+                dict(N=3, C=60, F=33),
+                dict(N=1, C=130, F=48, norm=True, activation="relu2"),
+                dict(N=1, C=384, F=37, residual=True),
+                dict(N=2, C=33, F=20, gain=True, activation="swiglu", residual=True),
+                dict(N=19, C=96, F=40, norm=True, residual=True, out_dtype=torch.float32),
+                dict(N=5, C=31, F=1, activation="silu"),
+                dict(N=1, C=300, F=21, form="int8", gain=True),
+                dict(N=6, C=130, F=24, form="int8", norm=True, activation="relu2"),
+                dict(N=1, C=130, F=24, form="int4", norm=True, residual=True),
+                dict(N=7, C=200, F=22, form="int4", group=64, gain=True, activation="swiglu"),
+                dict(N=1, C=70, F=18, form="fp8", out_dtype=torch.float32),
+                dict(N=4, C=257, F=35, form="fp8", norm=True, residual=True),
+                dict(N=70, C=40, F=12, form="int4", norm=True),
+                dict(N=0, C=12, F=9),
+            ],
+            prove=(dict(N=1, C=384, F=128, norm=True), dict(N=16, C=384, F=128, residual=True)),
+            time=[
+                dict(N=N, C=C, F=F, form=form)
+                for N in (1, 16)
+                for C, F in ((768, 2304), (2176, 8704), (8704, 2176), (2176, 65536))
+                for form in (None, "int8", "int4")
+            ],
         ),
         Case(
             "muon_momentum",

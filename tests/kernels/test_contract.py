@@ -384,6 +384,28 @@ REFUSED = {
         (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
         (lambda inputs: {"block_table": inputs["block_table"][:, :0]}, "no page"),
     ],
+    "linear_decode": [
+        (half("weight"), r"\[F, 60\] .*got \(33, 30\)"),
+        (as_int("x"), "int32"),
+        (as_int("weight"), "codes with scales, .*int32"),
+        (lambda inputs: {"weight": inputs["weight"].to(torch.int8)}, "codes with scales, .*int8"),
+        (lambda inputs: {"scales": inputs["weight"][:, 0]}, "codes of a weight .*float32"),
+        (
+            lambda inputs: {"weight": inputs["weight"].to(torch.int8), "scales": inputs["weight"][:9, 0]},
+            r"scales \[F\], got \(33, 60\) and \(9,\)",
+        ),
+        (
+            lambda inputs: {"weight": inputs["weight"].to(torch.int32), "scales": inputs["weight"][:, :1]},
+            r"64 or 128 columns that hold 60, got \(33, 60\) and \(33, 1\)",
+        ),
+        (lambda _: {"activation": "gelu"}, "gelu"),
+        (lambda _: {"activation": "swiglu"}, "even number of rows, got 33"),
+        (lambda inputs: {"norm_weight": inputs["x"][0]}, "needs eps"),
+        (lambda inputs: {"norm_weight": inputs["x"][0, :7], "eps": 1e-6}, r"\(60,\), got \(7,\)"),
+        (lambda _: {"eps": -1.0}, "-1.0"),
+        (lambda inputs: {"residual": inputs["x"]}, r"residual must be \(3, 33\) .*\(3, 60\)"),
+        (lambda _: {"out_dtype": torch.int8}, "int8"),
+    ],
     "muon_momentum": [
         (half("momentum"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
         (as_int("grads"), "int32"),
