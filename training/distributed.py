@@ -31,7 +31,7 @@ class HardwareConfig:
     dtype: str = "auto"
     device_batch_size: int = -1  # rows per micro-batch; -1: as many as fit and divide the batch
     compile: bool = False
-    cuda_graph: str = "false"  # auto | true | false
+    cuda_graph: str = "auto"  # auto | true | false
     recompute: list[str] = field(default_factory=list)  # "block", or names of ops
     profile: bool = False
     deterministic: bool = False
@@ -200,12 +200,12 @@ def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: tor
         return is_gpu and not is_fp16 and not hardware.compile and not is_interpreted()
     if hardware.cuda_graph == "true" and not is_gpu:
         raise KestrelError(
-            f"hardware.cuda_graph=true needs an NVIDIA GPU, but the device is {device}; leave it at false"
+            f"hardware.cuda_graph=true needs an NVIDIA GPU, but the device is {device}; leave it at auto"
         )
     if hardware.cuda_graph == "true" and is_fp16:
         raise KestrelError(
             "hardware.cuda_graph=true does not go with float16, whose loss scale changes on the way: "
-            "use hardware.dtype=bfloat16, or leave it at false"
+            "use hardware.dtype=bfloat16, or leave it at auto"
         )
     return hardware.cuda_graph == "true"
 

@@ -125,14 +125,13 @@ def test_dtype_the_device_lacks_is_refused(pretend_gpu):
 
 
 def graphs(device, dtype=torch.bfloat16, **changes):
-    return choose_cuda_graph(HardwareConfig(**{"cuda_graph": "auto", **changes}), device, dtype)
+    return choose_cuda_graph(HardwareConfig(**changes), device, dtype)
 
 
 def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
-    """Under `auto`, that is; without a word they are not."""
     monkeypatch.setattr(distributed, "is_interpreted", lambda: False)
-    assert not choose_cuda_graph(HardwareConfig(), GPU, torch.bfloat16)
     assert graphs(GPU)
+    assert graphs(GPU, cuda_graph="auto")
     assert not graphs(CPU)
     assert not graphs(GPU, torch.float16)  # its scale changes on the way
     assert not graphs(GPU, compile=True)  # the baseline that everyone knows
