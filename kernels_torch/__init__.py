@@ -7,6 +7,7 @@ from kernels_torch.adamw import adamw_update
 from kernels_torch.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_torch.attention import attention
 from kernels_torch.attention_decode import attention_decode, attention_decode_paged
+from kernels_torch.draw_tokens import draw_tokens
 from kernels_torch.embedding import embedding
 from kernels_torch.gelu import gelu
 from kernels_torch.layer_norm import layer_norm
@@ -19,6 +20,7 @@ from kernels_torch.qk_norm_rope import qk_norm_rope, qk_norm_rope_append, qk_nor
 from kernels_torch.rmsnorm import rmsnorm
 from kernels_torch.smear import smear
 from kernels_torch.softmax import softmax
+from kernels_torch.take_tokens import take_tokens
 from kernels_torch.top_k import top_k
 from kernels_torch.value_embedding import value_embedding
 
@@ -28,6 +30,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_decode_paged",
+    "draw_tokens",
     "embedding",
     "gelu",
     "layer_norm",
@@ -45,6 +48,7 @@ __all__ = [
     "smear",
     "softmax",
     "swiglu_mlp",
+    "take_tokens",
     "top_k",
     "value_embedding",
 ]

@@ -248,6 +248,34 @@ def linear_cross_entropy_inputs(
     ignored: float = 0.2,
     reduction: str = "mean",
 ) -> Shape:
+def draw_tokens_inputs(B: int, V: int, most: int = 0, draws: bool = True, ties: bool = False) -> Shape:
+    """Rows with a top_k of their own, some without, one at temperature 0. ties: few different logits."""
+    return dict(
+        logits=randint(0, 3, (B, V)).float() if ties else 3 * randn(B, V),
+        temperature=(rand(B) + 0.1) * (torch.arange(B) != 1) * draws,
+        top_k=randint(0, most + 1, (B,)) * (torch.arange(B) != 2),
+        seed=randint(0, 2**62, (B,)),
+        sample=torch.arange(B),
+        step=randint(0, 1000, (B,)),
+        draws=draws,
+        most=most,
+    )
+
+
+def take_tokens_inputs(B: int, V: int, H: int) -> Shape:
+    """Some rows are forced, some end by a stop token or by their limit, some have ended before."""
+    return dict(
+        ids=randint(0, V, (B,)),
+        forced=torch.where(rand(B) < 0.3, randint(0, V, (B,)), -1),
+        limit=randint(1, 2 * H, (B,)),
+        is_stop=rand(V) < 0.3,
+        token=randint(0, V, (B,)),
+        step=randint(0, 2 * H, (B,)),
+        active=randint(0, 2, (B,), dtype=torch.int32),
+        history=randint(-1, V, (B, H)),
+    )
+
+
     """padding: rows of weight beyond the vocabulary. ignored: what share of the targets is −1."""
     targets = torch.where(rand(N) < ignored, -1, randint(0, V, (N,)))
     return dict(
@@ -720,6 +748,40 @@ CASES = {
                 dict(N=0, D=4, V=6),
             ],
             time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
+        ),
+        Case(
+            "draw_tokens",
+            inputs=draw_tokens_inputs,
+            flops=lambda B, V, **_: 20 * B * V,
+            bytes=lambda B, V, **_: B * V,
+            batched=("logits",),
+            fp32=("temperature",),
+            check=[
+                dict(B=3, V=75, most=5),
+                dict(B=4, V=5000, most=50),
+                dict(B=5, V=2049, draws=False, most=3),
+                dict(B=3, V=4100),
+                dict(B=4, V=4097, most=33, ties=True),
+                dict(B=3, V=5000, most=300),
+                dict(B=2, V=40, most=90, ties=True),
+                dict(B=3, V=7, most=1),
+                dict(B=0, V=4, most=2),
+            ],
+            time=[
+                dict(B=B, V=V, most=most, draws=draws)
+                for B in (1, 32)
+                for V in (32768, 65536)
+                for draws, most in ((False, 0), (True, 0), (True, 50))
+            ],
+        ),
+        Case(
+            "take_tokens",
+            inputs=take_tokens_inputs,
+            flops=lambda B, **_: 4 * B,
+            bytes=lambda B, **_: 16 * B,
+            batched=(),
+            check=[dict(B=3, V=20, H=5), dict(B=70, V=9, H=3), dict(B=0, V=4, H=2)],
+            time=[dict(B=1, V=32768, H=512), dict(B=128, V=32768, H=512)],
         ),
         Case(
             "linear_decode",

@@ -6,6 +6,7 @@ from kernels_triton.adamw import adamw_update
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_triton.attention import attention
 from kernels_triton.attention_decode import attention_decode, attention_decode_paged
+from kernels_triton.draw_tokens import draw_tokens
 from kernels_triton.embedding import embedding
 from kernels_triton.gelu import gelu
 from kernels_triton.layer_norm import layer_norm
@@ -17,6 +18,7 @@ from kernels_triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_append, qk_no
 from kernels_triton.rmsnorm import rmsnorm
 from kernels_triton.smear import smear
 from kernels_triton.softmax import softmax
+from kernels_triton.take_tokens import take_tokens
 from kernels_triton.top_k import top_k
 from kernels_triton.value_embedding import value_embedding
 
@@ -31,6 +33,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_decode_paged",
+    "draw_tokens",
     "embedding",
     "gelu",
     "layer_norm",
@@ -47,6 +50,7 @@ __all__ = [
     "smear",
     "softmax",
     "swiglu_mlp",
+    "take_tokens",
     "top_k",
     "value_embedding",
 ]

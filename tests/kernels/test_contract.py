@@ -94,7 +94,7 @@ def test_strides_change_nothing(backend, op, shape, strided, device):
         name: strided(value).detach() if isinstance(value, Tensor) else value
         for name, value in CASES[op].cast(inputs, torch.float32).items()
     }
-    plain_upstream = upstream_of(outputs(getattr(kernels_torch, op), inputs))
+    plain_upstream = upstream_of(outputs(getattr(kernels_torch, op), CASES[op].cast(inputs, torch.float32)))
     upstream = tuple(strided(up) for up in plain_upstream)
     judge(op, run(op, getattr(MODULES[backend], op), views, upstream), inputs, plain_upstream)
 
@@ -418,6 +418,21 @@ REFUSED = {
     ],
     "adamw_update": [
         (half("grads"), r"\(7, 31\) must have its shape, got .*\(7, 15\)"),
+    "draw_tokens": [
+        (lambda inputs: {"logits": inputs["logits"][0]}, r"\[B, V\], got \(75,\)"),
+        (as_int("logits"), "int32"),
+        (half("top_k"), r"top_k .*\[3\], got .*\(1,\)"),
+        (lambda inputs: {"seed": inputs["seed"].float()}, "seed .*float32"),
+        (as_int("temperature"), "temperature .*int32"),
+        (lambda _: {"most": -1}, "-1"),
+    ],
+    "take_tokens": [
+        (half("limit"), r"limit .*\[3\], got .*\(1,\)"),
+        (lambda inputs: {"ids": inputs["history"]}, r"ids .*\(3, 5\)"),
+        (lambda inputs: {"step": inputs["step"].float()}, "step .*float32"),
+        (lambda inputs: {"history": inputs["history"][:2]}, r"\(2, 5\)"),
+        (lambda inputs: {"is_stop": inputs["ids"]}, "bool tensor"),
+    ],
         (as_int("grads"), "int32"),
         (lambda inputs: {"grads": [inputs["grads"]] * 2}, "got 2, 1, 1 and 1 for 1"),
     ],
