@@ -8,7 +8,7 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from model.layers.linear import Linear, Master
+from model.layers.linear import Linear, Master, products
 from model.ops import Ops
 
 
@@ -77,11 +77,12 @@ class Attention(nn.Module):
     ) -> Tensor:
         """x [B, T, C] → [B, T, C]; what value_table [V, Hkv·D] says about the tokens is added to the values, gated."""
         B, T, _ = x.shape
-        q = self.c_q(x).view(B, T, self.n_head, self.head_dim)
-        k = self.c_k(x).view(B, T, self.n_kv_head, self.head_dim)
-        v = self.c_v(x).view(B, T, self.n_kv_head, self.head_dim)
+        n_gate = 0 if value_table is None else self.gate_channels
+        gate_input, q, k, v = products(x, self.c_q, self.c_k, self.c_v, n_first=n_gate)
+        q = q.view(B, T, self.n_head, self.head_dim)
+        k, v = (y.view(B, T, self.n_kv_head, self.head_dim) for y in (k, v))
         if value_table is not None:
-            gate = dict(gate_input=x[..., : self.gate_channels], gate_weight=self.ve_gate.weight)
+            gate = dict(gate_input=gate_input, gate_weight=self.ve_gate.weight)
             v = self.ops.value_embedding(v, tokens, value_table, **gate, gate_range=self.gate_range)
         if cache is None:
             y = self.attend(q, k, v, cos, sin, doc_ids)

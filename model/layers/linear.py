@@ -58,6 +58,48 @@ class Linear(Master):
         return F.linear(x, self.weight_in(x.dtype))
 
 
+class _Products(torch.autograd.Function):
+    """Several products of one input: its gradient is their sum, added up where the products end.
+
+    Left to itself autograd makes each share whole and adds them in passes of their own, and for the first channels,
+    which go elsewhere as well, it fills an input's worth of zeros.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x: Tensor, n_first: int, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.set_materialize_grads(False)
+        return x[..., :n_first].contiguous(), *(F.linear(x, weight) for weight in weights)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, d_first: Tensor | None, *ds: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs_dx, _, *needs_dw = ctx.needs_input_grad
+        twice = torch.is_grad_enabled()  # this is differentiated again, so nothing in place
+        rows, dx, dws = x.flatten(0, -2), None, []
+        for d, weight, needed in zip(ds, weights, needs_dw, strict=True):
+            d = None if d is None else d.flatten(0, -2)
+            dws.append(d.t() @ rows if needed and d is not None else None)
+            if needs_dx and d is not None:
+                dx = d @ weight if dx is None else dx.addmm(d, weight) if twice else dx.addmm_(d, weight)
+        if needs_dx and d_first is not None:
+            first = d_first.flatten(0, -2)
+            n = first.shape[1]
+            if dx is None or twice:
+                dx = F.pad(first, (0, rows.shape[1] - n)) + (0 if dx is None else dx)
+            else:
+                dx[:, :n] += first
+        return None if dx is None else dx.view_as(x), None, *dws
+
+
+def products(x: Tensor, *layers: "Linear", n_first: int = 0) -> list[Tensor]:
+    """What each layer makes of x, and before them the first channels of x."""
+    weights = [layer.weight_in(x.dtype) for layer in layers]
+    if torch.is_grad_enabled():
+        return list(_Products.apply(x, n_first, *weights))
+    return [x[..., :n_first], *(F.linear(x, weight) for weight in weights)]
+
+
 class Embedding(Master):
     """Rows of an fp32 table, looked up exactly and then cast: a table in bf16 would lose its small updates.
 
