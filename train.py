@@ -27,6 +27,7 @@ from data.documents import TokenShards
 from data.tokenizer import Tokenizer
 from errors import KestrelError
 from model import LanguageModel, build, config_to_dict, cost
+from model.cuda_graphs import CudaGraphs
 from model.ops import Ops, chosen_backends, describe_ops, load_ops
 from optim.groups import parameter_groups
 from optim.muon_adamw import MuonAdamW
@@ -42,7 +43,7 @@ from training.prepare import prepare_data, require_files
 from training.profile import PROFILED, StepProfile, no_profile
 from training.report import Reporter, tensorboard_writer
 from training.run_directory import RunDirectory
-from training.step import CapturedStep, CudaGraphs, Step
+from training.step import CapturedStep, Step
 
 REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of the same vocabulary
 
@@ -74,7 +75,8 @@ def join_and_train(run: RunConfig) -> None:
 
 def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> None:
     """The table of contents of a run."""
-    print_main(f"run: {directory.path} on {device.describe()}; kernels: {describe_ops(run.kernels)}")
+    kernels = describe_ops(run.kernels, device.device, device.dtype)
+    print_main(f"run: {directory.path} on {device.describe()}; kernels: {kernels}")
     tokenizer, train_shards, val_shards = prepare_data(run.data, run.tokenizer, directory.start, device)
     model = new_model(run, tokenizer, ops, device)
     horizon = plan_horizon(run, model, device)

@@ -29,12 +29,13 @@ from bench.timing import machine_card
 from config import compose
 from data.batches import Batch
 from model import LanguageModel, build, cost
+from model.cuda_graphs import CudaGraphs
 from model.ops import KernelConfig, load_ops
 from optim.groups import MuonAdamWConfig, parameter_groups
 from optim.muon_adamw import MuonAdamW
 from optim.schedules import ScheduleValues
 from training.machine import peak_flops
-from training.step import EAGER_STEPS, CapturedStep, CudaGraphs, Step
+from training.step import EAGER_STEPS, CapturedStep, Step
 
 RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent

@@ -37,6 +37,7 @@ from inference.request import Event, Request, Row
 from inference.rows import NOT_FORCED, DecodeStep, Drawn, Rows
 from inference.sampling import Plan, SamplingConfig, recent_tokens
 from model.cost import kv_bytes_per_token
+from model.cuda_graphs import Capture, CudaGraphs
 from model.language_model import LanguageModel
 from model.layers.linear import Master
 
@@ -55,6 +56,7 @@ class Engine:
     prefill_chunk   tokens of prompts that are read between two steps of decoding
     reuse_prefixes  keep the pages of prompts that were read, for prompts with the same beginning
     lag             how many steps later tokens are handed out: 0, or 1; None: 1 on a GPU
+    graphs          whether steps of decoding are recorded in CUDA graphs (rows.DecodeStep); None: on a GPU
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Engine:
         prefill_chunk: int = 1024,
         reuse_prefixes: bool = True,
         lag: int | None = None,
+        graphs: bool | None = None,
     ) -> None:
         if model.vocab_size != tokenizer.vocab_size:
             raise KestrelError(
@@ -80,7 +83,9 @@ class Engine:
                 raise KestrelError(f"{name} must be at least 1, got {value}")
         self.model, self.tokenizer, self.max_rows, self.prefill_chunk = model, tokenizer, max_rows, prefill_chunk
         self.device = next(model.parameters()).device
-        self.lag = int(self.device.type == "cuda") if lag is None else lag
+        is_gpu = self.device.type == "cuda"
+        self.lag = int(is_gpu) if lag is None else lag
+        self.capture: Capture | None = CudaGraphs() if (is_gpu if graphs is None else graphs) else None
         cache_tokens = most_tokens(model, max_rows, self.device) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)
         self.cache = PagedCache(model, self.pool.n_blocks, page, one_row=max_rows == 1)
@@ -88,7 +93,8 @@ class Engine:
         self.least_width = PAD_TO if self.device.type == "cpu" and max_rows > 1 else 1
         most_width = -(-max_rows // self.least_width) * self.least_width
         self.cache_rows = self.cache.rows(most_width)
-        self.rows = Rows(most_width, torch.zeros(model.vocab_size, dtype=torch.bool, device=self.device))
+        is_stop = torch.zeros(model.vocab_size, dtype=torch.bool, device=self.device)
+        self.rows = Rows(most_width, is_stop, model.ops)
         self.stop_ids = {tokenizer.encode_special(name) for name in STOPS}
         self.steps: dict[int, DecodeStep] = {}  # by width
         self.queue: deque[Request] = deque()
@@ -193,7 +199,7 @@ class Engine:
             return
         width = self.width_for(len(self.running))
         if width not in self.steps:
-            self.steps[width] = DecodeStep(self.model, self.rows, self.cache_rows, width)
+            self.steps[width] = DecodeStep(self.model, self.rows, self.cache_rows, width, self.capture)
         step = self.steps[width]
         step.cache_rows.reach(self.cache.reach_for(max(len(row.blocks) for row in self.running)))
         for row in self.running:
@@ -340,11 +346,11 @@ class Flight:
     def __init__(self, step: int, rows: list[Row], drawn: Drawn) -> None:
         self.step, self.rows = step, rows
         self.landed: torch.cuda.Event | None = None
-        if drawn.ids.is_cuda:  # copied behind what computes it and before what overwrites it
-            drawn = Drawn(*(None if x is None else pinned_copy(x) for x in drawn))
+        # Copied behind what computes it and before what overwrites it.
+        self.drawn = Drawn(*(None if x is None else copy_to_host(x) for x in drawn))
+        if drawn.ids.is_cuda:
             self.landed = torch.cuda.Event()
             self.landed.record()
-        self.drawn = drawn
 
     def arrivals(self) -> Iterator[tuple[Row, int, float | None, tuple]]:
         """Each row with its token, and the log-probabilities it asked for; waits for the device."""
@@ -359,9 +365,9 @@ class Flight:
                 yield row, ids[i], log_p[i], tuple(zip(top_ids[i], top_log_p[i]))[:n_top]
 
 
-def pinned_copy(x: Tensor) -> Tensor:
+def copy_to_host(x: Tensor) -> Tensor:
     """On the host, once the stream has got so far."""
-    return torch.empty(x.shape, dtype=x.dtype, pin_memory=True).copy_(x, non_blocking=True)
+    return torch.empty(x.shape, dtype=x.dtype, pin_memory=x.is_cuda).copy_(x, non_blocking=True)
 
 
 def fit(model: LanguageModel, prompt_ids: list[int], sampling: SamplingConfig, cache_tokens: int | None = None) -> int:

@@ -4,16 +4,23 @@ The rows that are at work are always the first ones. A row that ends gives its p
 computes no row in vain. All of it lies in memory that never moves, where a captured graph finds it.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from inference import sampling
 from inference.paged_cache import CacheRows
+from inference.request import MAX_LOGPROBS
 from inference.sampling import SETTINGS, Plan, SamplingConfig, log_probabilities, sample
+from model.cuda_graphs import Capture
+from model.ops import Ops
 
 NOT_FORCED = -1
+MOST_GRAPHS = 16  # of one width: plans differ by what they need and by the power of two of the largest top_k
+
+Key = tuple[Plan, int | None]
 
 
 class Drawn(NamedTuple):
@@ -26,7 +33,7 @@ class Drawn(NamedTuple):
 
 
 class Rows:
-    """State of `n` rows.
+    """State of `n` rows, for the ops that draw and take note.
 
     token    [n] int64, drawn last and not yet read by the model
     active   [n] int32, 1 for rows that go on; others are computed when they stand among those, and change nothing
@@ -37,9 +44,9 @@ class Rows:
     is_stop  [V] bool, tokens that end a row; the same for all
     """
 
-    def __init__(self, n: int, is_stop: Tensor) -> None:
+    def __init__(self, n: int, is_stop: Tensor, ops: Ops) -> None:
         device = is_stop.device
-        self.is_stop = is_stop
+        self.is_stop, self.ops = is_stop, ops
         self.active = torch.zeros(n, dtype=torch.int32, device=device)
         self.token, self.step, self.limit, self.sample = (
             torch.zeros(n, dtype=torch.int64, device=device) for _ in range(4)
@@ -69,30 +76,54 @@ class Rows:
         n_top   None: no log-probabilities; else those of the tokens drawn and of the n_top likeliest
         """
         settings = {name: tensor[rows] for name, tensor in self.settings.items()}
-        step, active, forced, history = self.step[rows], self.active[rows], self.forced[rows], self.history[rows]
-        ids = sample(logits, settings, plan, rows=self.sample[rows], step=step, history=history)
-        is_free = forced == NOT_FORCED
-        ids = torch.where(is_free, ids, forced)
-        history.scatter_(1, (step % history.shape[1])[:, None], ids[:, None])
-        step += active
-        active *= ~((self.is_stop[ids] & is_free) | (step >= self.limit[rows]))
-        self.token[rows] = ids
-        return Drawn(ids, *((None,) * 3 if n_top is None else log_probabilities(logits, ids, n_top)))
+        token, step, active, history = self.token[rows], self.step[rows], self.active[rows], self.history[rows]
+        draw = dict(rows=self.sample[rows], step=step, history=history, draw_tokens=self.ops.draw_tokens)
+        ids = sample(logits, settings, plan, **draw)
+        self.ops.take_tokens(ids, self.forced[rows], self.limit[rows], self.is_stop, token, step, active, history)
+        return Drawn(token, *((None,) * 3 if n_top is None else log_probabilities(logits, token, n_top)))
 
 
 class DecodeStep:
     """One step of decoding for the first `width` rows: read the tokens drawn last, draw the next ones.
 
-    This is where a step can be captured: everything it reads and writes lies in `rows` and `cache_rows`, whose memory
-    never moves, and what differs between steps is (plan, n_top) only. Today it is run operation by operation.
+    Everything it reads and writes lies in `rows` and `cache_rows`, whose memory never moves, and what differs between
+    steps is (plan, n_top) only. So it can be recorded in a CUDA graph for each of those and replayed: the host then
+    starts one graph instead of some hundred kernels. The first time is not recorded, as kernels may have to compile;
+    what is asked for once only never is, nor what comes after `MOST_GRAPHS` others.
+
+    capture   function → what replays it, as model.cuda_graphs.CudaGraphs; None: nothing is recorded
     """
 
-    def __init__(self, model: torch.nn.Module, rows: Rows, cache_rows: CacheRows, width: int) -> None:
-        self.model, self.rows = model, rows
+    def __init__(
+        self, model: nn.Module, rows: Rows, cache_rows: CacheRows, width: int, capture: Capture | None = None
+    ) -> None:
+        self.model, self.rows, self.capture = model, rows, capture
         self.cache_rows = cache_rows.narrow(0, width)
         self.slice = slice(0, width)
+        self.met: set[Key] = set()
+        self.graphs: dict[Key, tuple[Callable[[], None], Drawn]] = {}
 
     def __call__(self, plan: Plan, n_top: int | None) -> Drawn:
+        if self.capture is None:
+            return self.run(plan, n_top)
+        key = (plan, None if n_top is None else MAX_LOGPROBS)  # those not asked for are left out later
+        if key not in self.graphs:
+            if key not in self.met or len(self.graphs) >= MOST_GRAPHS:
+                self.met.add(key)
+                return self.run(*key)
+            self.graphs[key] = self.record(*key)
+        replay, drawn = self.graphs[key]
+        replay()
+        return drawn
+
+    def record(self, plan: Plan, n_top: int | None) -> tuple[Callable[[], None], Drawn]:
+        """What replays the step, and where it leaves what it drew."""
+        drawn = []
+        replay = self.capture(lambda: drawn.append(self.run(plan, n_top)))
+        return replay, drawn[0]
+
+    def run(self, plan: Plan, n_top: int | None) -> Drawn:
+        """Operation by operation."""
         tokens, active = self.rows.token[self.slice, None], self.rows.active[self.slice]
         logits = self.model.decode(tokens, self.cache_rows, new_tokens=active)
         return self.rows.draw(logits, self.slice, plan, n_top)

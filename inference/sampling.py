@@ -4,12 +4,14 @@ The steps come in one fixed order: penalties (repetition, then frequency and pre
 Gumbel noise → argmax. Every row may have settings of its own; what a row draws does not depend on the settings of the
 others. Nothing in the steps waits for the device, so a decoding step can be queued (or captured in a graph) whole.
 
-Randomness has no state. Whatever a row draws follows from (seed, which sample it is, how many tokens it has drawn), by
-hashing those numbers together with each token's id on the device. So a sample does not depend on the batch it happens
-to be in, on the order of calls, or on the device, and nothing about it must be saved or copied. A generator per row
-could do the first two, but lives on the CPU and would cost a copy to the device for every token.
+All but the penalties and top-p is one op (kernels_torch/draw_tokens.py). Randomness has no state: whatever a row draws
+follows from (seed, which sample it is, how many tokens it has drawn), by hashing those numbers together with each
+token's id on the device. So a sample does not depend on the batch it happens to be in, on the order of calls, or on the
+device, and nothing about it must be saved or copied. A generator per row could do the first two, but lives on the CPU
+and would cost a copy to the device for every token.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple, Optional
 
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor
 
 from errors import KestrelError
+from model.ops import reference
 
 PENALTY_WINDOW = 512  # how many of the newest tokens the penalties look at
 MAX_TEMPERATURE = 10.0  # beyond this the answer is noise
@@ -73,13 +76,14 @@ class Plan(NamedTuple):
     draws: bool  # some temperature is above 0
     penalises: bool
     nucleus: bool  # some top_p is below 1
-    n_best: int  # how many of the highest scores must be known in order; −1: all; 0: none
+    n_best: int  # no top_k is above this power of two; −1: a top_p needs all scores in order; 0: nobody has a top_k
 
     @classmethod
     def of(cls, configs: list[SamplingConfig]) -> "Plan":
         drawing = [config for config in configs if config.temperature > 0]
         sorts_all = any(config.top_p < 1 and config.top_k == 0 for config in drawing)
-        n_best = -1 if sorts_all else max((config.top_k for config in drawing), default=0)
+        most = max((config.top_k for config in drawing), default=0)
+        n_best = -1 if sorts_all else 1 << (most - 1).bit_length() if most else 0
         nucleus = any(config.top_p < 1 for config in drawing)
         return cls(bool(drawing), any(config.penalises for config in configs), nucleus, n_best)
 
@@ -112,43 +116,28 @@ def sample(
     rows: Tensor | None = None,
     step: int | Tensor = 0,
     history: Tensor | None = None,
+    draw_tokens: Callable | None = None,
 ) -> Tensor:
     """Choose the next token of every row.
 
-    logits   [B, V]
-    config   one for all rows, or settings [B] with the plan that covers them
-    rows     [B] int64, which sample of its request each row is; None: 0 … B−1
-    step     how many tokens each row has drawn before: one number, or [B] int64
-    history  [B, H] int64 in any order, the tokens that count as seen (−1: no token); needed for penalties only
+    logits       [B, V]
+    config       one for all rows, or settings [B] with the plan that covers them
+    rows         [B] int64, which sample of its request each row is; None: 0 … B−1
+    step         how many tokens each row has drawn before: one number, or [B] int64
+    history      [B, H] int64 in any order, the tokens that count as seen (−1: no token); needed for penalties only
+    draw_tokens  the op; None: the reference
     → [B] int64; with temperature 0 the first of the highest logits
     """
     if isinstance(config, SamplingConfig):
         config, plan = settings_of(config, len(logits), logits.device), Plan.of([config])
-    scores = final_scores(logits, config, history, plan)
-    if not plan.draws:
-        return scores.argmax(dim=-1)
-    rows = torch.arange(len(scores), device=scores.device) if rows is None else rows
-    noise = gumbel_noise(config["seed"], rows, step, scores.shape[1])
-    return (scores + noise.masked_fill(config["temperature"][:, None] == 0, 0.0)).argmax(dim=-1)
-
-
-def final_scores(
-    logits: Tensor, config: SamplingConfig | Settings, history: Tensor | None = None, plan: Plan | None = None
-) -> Tensor:
-    """Everything before the draw: fp32 scores [B, V] whose softmax is what is drawn from (arguments as in `sample`)."""
-    if isinstance(config, SamplingConfig):
-        config, plan = settings_of(config, len(logits), logits.device), Plan.of([config])
-    scores = logits.float()
+    rows = torch.arange(len(logits), device=logits.device) if rows is None else rows
+    step = step if isinstance(step, Tensor) else torch.full_like(rows, step)
     if plan.penalises and history is not None:
-        scores = penalise(scores, history, config)
-    if not plan.draws:
-        return scores
-    # Relative to the highest, so that a tiny temperature gives −inf at worst, never inf − inf. The argmax of a row with
-    # temperature 0 survives all that follows.
-    temperature = config["temperature"][:, None]
-    temperature = torch.where(temperature == 0, 1.0, temperature.clamp(min=torch.finfo(torch.float32).tiny))
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature
-    return scores if plan.n_best == 0 else keep_likely(scores, config["top_k"], config["top_p"], plan)
+        logits = penalise(logits.float(), history, config)
+    top_k = likely(logits, config, plan) if plan.nucleus else config["top_k"]
+    most = logits.shape[1] if plan.n_best == -1 else plan.n_best
+    draw_tokens = reference("draw_tokens") if draw_tokens is None else draw_tokens
+    return draw_tokens(logits, config["temperature"], top_k, config["seed"], rows, step, draws=plan.draws, most=most)
 
 
 def penalise(scores: Tensor, history: Tensor, settings: Settings) -> Tensor:
@@ -169,66 +158,24 @@ def penalise(scores: Tensor, history: Tensor, settings: Settings) -> Tensor:
     return torch.where(counts > 0, repeated - frequency * counts - presence, scores)
 
 
-def keep_likely(scores: Tensor, top_k: Tensor, top_p: Tensor, plan: Plan) -> Tensor:
-    """Leave the top_k highest scores of each row, and of those the fewest whose probability reaches top_p.
+def likely(logits: Tensor, settings: Settings, plan: Plan) -> Tensor:
+    """How many of each row's highest logits [B] its top_k and top_p leave; 0: all.
 
-    A token stays if those above it miss top_p. −inf elsewhere; top_k 0 and top_p 1 leave everything.
+    A token stays if those above it miss top_p, a share of what top_k left.
     """
-    V = scores.shape[1]
+    V = logits.shape[1]
     K = V if plan.n_best == -1 else min(plan.n_best, V)
-    best = scores.topk(K, dim=-1).values
-    n = torch.where(top_k == 0, V, top_k.clamp(max=V))[:, None]  # how many to keep (B, 1)
-    if plan.nucleus:
-        # In fp64, relative to the highest: a sum of few or many zeros behind a row's own k changes nothing.
-        mass = best.double().exp().masked_fill(torch.arange(K, device=scores.device) >= n, 0.0).cumsum(dim=-1)
-        p = top_p[:, None]
-        reach = 1 + (mass[:, :-1] < p * mass[:, -1:]).sum(dim=-1, keepdim=True)
-        n = torch.where(p < 1, torch.minimum(n, reach), n)
-    lowest = best.gather(1, n.clamp(max=K) - 1).masked_fill(n > K, -torch.inf)
-    return keep_best(scores, lowest, n)
-
-
-def keep_best(scores: Tensor, lowest: Tensor, n: Tensor) -> Tensor:
-    """Leave the n [B, 1] highest scores of each row, the n-th being `lowest` [B, 1]; among equals the lowest index."""
-    above, equal = scores > lowest, scores == lowest
-    room = n - above.sum(dim=-1, keepdim=True)
-    kept = above | (equal & (equal.cumsum(dim=-1) <= room))
-    return scores.masked_fill(~kept, -torch.inf)
-
-
-def gumbel_noise(seed: int | Tensor, rows: Tensor, step: int | Tensor, n: int) -> Tensor:
-    """Noise [B, n] that makes an argmax a draw: argmax(log p + noise) is distributed as p.
-
-    Preferred to inverting the cumulative distribution: no sum over the vocabulary whose rounding could depend on how a
-    device splits it, and what top-k or top-p removed (−inf) can never be drawn.
-    """
-    keys = mix(mix(rows * signed(0x9E3779B97F4A7C15) + seed) + step)
-    tokens = mix(torch.arange(1, n + 1, device=rows.device))
-    return gumbel(shifted(mix(keys[:, None] + tokens), 32))
-
-
-def gumbel(bits: Tensor) -> Tensor:
-    """32 random bits → Gumbel noise, finite for all of them."""
-    # In (0, 1): half a step up from 0, and the largest float below 1 instead of 1.
-    uniform = ((bits.float() + 0.5) * 2.0**-32).clamp(max=1 - 2.0**-24)
-    return -torch.log(-torch.log1p(-uniform))
-
-
-def mix(x: Tensor) -> Tensor:
-    """A 64-bit hash of each int64: the finaliser of SplitMix64, in arithmetic that wraps around."""
-    x = (x ^ shifted(x, 30)) * signed(0xBF58476D1CE4E5B9)
-    x = (x ^ shifted(x, 27)) * signed(0x94D049BB133111EB)
-    return x ^ shifted(x, 31)
-
-
-def shifted(x: Tensor, n: int) -> Tensor:
-    """x >> n as if x had no sign."""
-    return (x >> n) & ((1 << (64 - n)) - 1)
-
-
-def signed(x: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit x."""
-    return x - (1 << 64) if x >= 1 << 63 else x
+    best, top_k, p = logits.float().topk(K, dim=-1).values, settings["top_k"], settings["top_p"]
+    n = torch.where(top_k == 0, V, top_k.clamp(max=V))
+    # Relative to the highest, so that a tiny temperature gives −inf at worst, never inf − inf.
+    temperature = settings["temperature"][:, None]
+    temperature = torch.where(temperature == 0, 1.0, temperature.clamp(min=torch.finfo(torch.float32).tiny))
+    # In fp64: a sum of few or many zeros behind a row's own k changes nothing.
+    mass = ((best - best[:, :1]) / temperature).double().exp()
+    mass = mass.masked_fill(torch.arange(K, device=logits.device) >= n[:, None], 0.0).cumsum(dim=-1)
+    reach = 1 + (mass[:, :-1] < p[:, None] * mass[:, -1:]).sum(dim=-1)
+    n = torch.where(p < 1, torch.minimum(n, reach), n)
+    return torch.where(n == V, 0, n)
 
 
 def log_probabilities(logits: Tensor, ids: Tensor, n_top: int = 0) -> tuple[Tensor, Tensor, Tensor]:

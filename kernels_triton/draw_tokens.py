@@ -80,7 +80,7 @@ def _best_of_chunk_kernel(
     if DRAWS:
         b_t = tl.load(temperature + i_b).to(tl.float32)
         n = tl.load(top_k + i_b).to(tl.int32)
-        n = tl.where(b_t == 0, 1, n)
+        n = tl.where(b_t == 0, 1, tl.minimum(n, K))
     if (n == 0) | (K == 1):
         if DRAWS:
             if n == 0:

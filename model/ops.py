@@ -40,6 +40,8 @@ class Ops:
     attention: Callable
     attention_decode: Callable
     attention_decode_paged: Callable
+    draw_tokens: Callable
+    take_tokens: Callable
     relu2_mlp: Callable
     swiglu_mlp: Callable
     linear_cross_entropy: Callable
@@ -49,8 +51,12 @@ class Ops:
     adamw_update: Callable
 
 
-# The same op on pages: chosen by the same key.
-FORMS = {"attention_decode_paged": "attention_decode", "qk_norm_rope_append_paged": "qk_norm_rope_append"}
+# Chosen by another's key: the same op on pages, and what belongs to the draw of a token.
+FORMS = {
+    "attention_decode_paged": "attention_decode",
+    "qk_norm_rope_append_paged": "qk_norm_rope_append",
+    "take_tokens": "draw_tokens",
+}
 OP_NAMES = [f.name for f in fields(Ops) if f.name not in FORMS]
 SAME_AS_BACKEND = "${.backend}"  # OmegaConf resolves it; without OmegaConf it means the same
 
@@ -86,7 +92,8 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
 RECOMPUTABLE = [
     op
     for op in OP_NAMES
-    if op not in ("qk_norm_rope_append", "attention_decode") and not op.startswith(("muon_", "newton_", "adamw_"))
+    if op not in ("qk_norm_rope_append", "attention_decode", "draw_tokens")
+    and not op.startswith(("muon_", "newton_", "adamw_"))
 ]
 
 
@@ -143,6 +150,11 @@ ROOT = Path(__file__).parent.parent
 def find_op(module: ModuleType, op: str) -> Callable:
     """The function of that name, or how to do without it."""
     if op in module.__all__:
+def reference(op: str) -> Callable:
+    """What the op means, in plain PyTorch."""
+    return getattr(import_module("kernels_torch"), op)
+
+
         return getattr(module, op)
     has = ", ".join(name for name in OP_NAMES if name in module.__all__)
     raise KestrelError(f"{module.__name__} has no {op}, only {has}: add kernels.{FORMS.get(op, op)}=torch")
@@ -178,13 +190,12 @@ def prove(op: str, function: Callable, device: torch.device, dtype: torch.dtype 
     This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
     precision test: those are in tests/kernels.
     """
-    reference = getattr(import_module("kernels_torch"), op)
     case = import_module("kernels_torch.cases").CASES[op]
     remedy = f"take kernels.{FORMS.get(op, op)}=torch"
     for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                got, expected = (run_case(case, shape, f, device, dtype) for f in (function, reference))
+                got, expected = (run_case(case, shape, f, device, dtype) for f in (function, reference(op)))
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise KestrelError(f"the triton kernel of {op} does not run on {device} ({reason}): {remedy}") from error

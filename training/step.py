@@ -24,11 +24,9 @@ import torch
 from torch import Tensor, nn
 
 from data.batches import Batch
-from errors import KestrelError
+from model.cuda_graphs import Capture
 from optim.muon_adamw import MuonAdamW, StepResult
 from optim.schedules import ScheduleValues
-
-Capture = Callable[[Callable[[], None]], Callable[[], None]]  # what a function does, as something to replay
 
 EAGER_STEPS = 3  # before anything is captured
 
@@ -70,7 +68,7 @@ class Step:
 class CapturedStep(Step):
     """The same, replayed. A batch must have the shapes of the first one.
 
-    capture         CudaGraphs()
+    capture         model.cuda_graphs.CudaGraphs()
     capture_update  False: the update stays eager, for the sake of its communication with other ranks
     """
 
@@ -125,32 +123,6 @@ class CapturedStep(Step):
         if name not in self.replays:
             self.replays[name] = self.capture(function)
         self.replays[name]()
-
-
-class CudaGraphs:
-    """Captures functions as CUDA graphs, all in one pool of memory: what one no longer needs, the next one uses.
-
-    So they must not run at the same time, and what a graph leaves behind lasts until another one runs, unless a tensor
-    that lives as long as the program holds it, as parameters hold their gradients.
-    """
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
-        graph = torch.cuda.CUDAGraph()
-        try:
-            # thread_local: the thread that makes batches may allocate and copy meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                function()
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
-            reason = str(error).strip().splitlines()[0]
-            raise KestrelError(
-                f"this step cannot be captured as a CUDA graph ({reason}): take hardware.cuda_graph=false"
-            ) from error
-        return graph.replay
 
 
 def read_later(values: Tensor) -> Callable[[], list[float]]:

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from data.tokenizer import Tokenizer, TokenizerConfig, train_tokenizer
 from inference.engine import Engine
 from inference.paged_cache import CacheRows
+from tests.model.tiny import torch_ops
 
 BYTES: Tokenizer = train_tokenizer(TokenizerConfig(name="byte"))
 BOS = BYTES.bos_id
@@ -22,6 +23,7 @@ class Scripted(nn.Module):
     dtype = torch.float32
     vocab_size = BYTES.vocab_size
     cache_shape = (1, 1, 2)
+    ops = torch_ops()
 
     def __init__(self, *script: list[int] | bytes) -> None:
         super().__init__()

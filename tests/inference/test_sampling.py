@@ -11,17 +11,35 @@ from errors import KestrelError
 from inference.sampling import (
     Plan,
     SamplingConfig,
-    final_scores,
-    gumbel,
-    gumbel_noise,
+    Settings,
+    likely,
     log_probabilities,
-    mix,
+    penalise,
     sample,
     settings_of,
 )
+from kernels_torch.draw_tokens import gumbel, gumbel_noise, keep_best, mix
 from tests.model.test_decode import NoHostSync
 
 PLAIN = {"temperature": 1.0, "top_k": 0}
+
+
+def final_scores(
+    logits: torch.Tensor,
+    config: SamplingConfig | Settings,
+    history: torch.Tensor | None = None,
+    plan: Plan | None = None,
+) -> torch.Tensor:
+    """Scores [B, V] whose softmax is what is drawn from; at temperature 0 the penalised logits."""
+    if isinstance(config, SamplingConfig):
+        config, plan = settings_of(config, len(logits), logits.device), Plan.of([config])
+    scores = logits.float() if history is None else penalise(logits.float(), history, config)
+    if not plan.draws:
+        return scores
+    top_k = likely(scores, config, plan) if plan.nucleus else config["top_k"]
+    scores = keep_best(scores, top_k, scores.shape[1])
+    temperature = torch.where(config["temperature"] == 0, 1.0, config["temperature"])[:, None]
+    return (scores - scores.amax(dim=-1, keepdim=True)) / temperature
 
 
 def support(logits: list[float], **sampling) -> set[int]:

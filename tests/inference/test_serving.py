@@ -20,7 +20,7 @@ from inference.sampling import Plan, SamplingConfig
 from inference.simple import generate_naive
 from tests.inference.scripted import BOS, BYTES, END, Scripted, ScriptedEngine, scripted
 from tests.model.test_decode import NoHostSync
-from tests.model.tiny import FORMS, NANOCHAT_2026, awake, nanochat, tokens
+from tests.model.tiny import FORMS, NANOCHAT_2026, awake, nanochat, tokens, torch_ops
 
 
 def real(form: str, device="cpu", **options) -> Engine:
@@ -138,7 +138,7 @@ def test_greedy_tokens_are_those_of_triton_for_long(device):
 
 
 def check_triton(n_steps: int, device, config):
-    from tests.model.tiny import torch_ops, triton_ops
+    from tests.model.tiny import triton_ops
 
     told = []
     for ops in (torch_ops(device), triton_ops(device)):
@@ -366,7 +366,7 @@ def test_a_step_never_waits_for_the_device():
 
 
 def test_a_row_draws_the_same_under_any_plan():
-    rows, dice = Rows(6, torch.zeros(50, dtype=torch.bool)), random.Random(0)
+    rows, dice = Rows(6, torch.zeros(50, dtype=torch.bool), torch_ops()), random.Random(0)
     configs = [random_request(dice).sampling for _ in range(6)]
     history = torch.randint(-1, 50, (512,))
     logits = torch.randn(6, 50) * 3

@@ -42,7 +42,7 @@ def written(func, args: tuple, kwargs: dict) -> list[Tensor]:
 
 
 class RecordedGraphs:
-    """As training.step.CudaGraphs: function → replay."""
+    """As model.cuda_graphs.CudaGraphs: function → replay."""
 
     def __init__(self) -> None:
         self.captured = 0

@@ -11,12 +11,13 @@ import pytest
 import torch
 
 from data.batches import Batch
+from model.cuda_graphs import CudaGraphs
 from optim.groups import AdamWConfig, MuonAdamWConfig, parameter_groups
 from optim.muon_adamw import MuonAdamW
 from optim.schedules import make_schedule
 from tests.model.tiny import FORMS, fresh, tokens, torch_ops, triton_ops
 from tests.training.recorded_graph import RecordedGraphs, Recorder
-from training.step import EAGER_STEPS, CapturedStep, CudaGraphs, Step, read_later
+from training.step import EAGER_STEPS, CapturedStep, Step, read_later
 
 ROOT = Path(__file__).parents[2]
 STEPS = EAGER_STEPS + 4
@@ -249,7 +250,7 @@ def test_cuda_graphs_equal_eager(kernels, accumulation, grad_clip, device):
 def test_what_cannot_be_captured_is_refused_in_a_sentence():
     """In a process of its own: PyTorch draws no more random numbers after a capture that failed."""
     program = (
-        "import torch; from training.step import CudaGraphs; from errors import KestrelError\n"
+        "import torch; from model.cuda_graphs import CudaGraphs; from errors import KestrelError\n"
         "x = torch.zeros(3, device='cuda')\n"
         "try: CudaGraphs()(lambda: x.sum().item())\n"
         "except KestrelError as error: print(error)"

@@ -1,0 +1,35 @@
+"""Functions recorded in CUDA graphs, to be replayed without Python: steps of training and of decoding."""
+
+from collections.abc import Callable
+
+import torch
+
+from errors import KestrelError
+
+Capture = Callable[[Callable[[], None]], Callable[[], None]]  # what a function does, as something to replay
+
+
+class CudaGraphs:
+    """Captures functions as CUDA graphs, all in one pool of memory: what one no longer needs, the next one uses.
+
+    So they must not run at the same time, and what a graph leaves behind lasts until another one runs, unless a tensor
+    that lives as long as the program holds it, as parameters hold their gradients.
+    """
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
+        graph = torch.cuda.CUDAGraph()
+        try:
+            # thread_local: the thread that makes batches may allocate and copy meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                function()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise KestrelError(
+                f"this step cannot be captured as a CUDA graph ({reason}): take hardware.cuda_graph=false"
+            ) from error
+        return graph.replay
