@@ -147,14 +147,14 @@ def load_backend(backend: str, device: torch.device) -> ModuleType:
 ROOT = Path(__file__).parent.parent
 
 
-def find_op(module: ModuleType, op: str) -> Callable:
-    """The function of that name, or how to do without it."""
-    if op in module.__all__:
 def reference(op: str) -> Callable:
     """What the op means, in plain PyTorch."""
     return getattr(import_module("kernels_torch"), op)
 
 
+def find_op(module: ModuleType, op: str) -> Callable:
+    """The function of that name, or how to do without it."""
+    if op in module.__all__:
         return getattr(module, op)
     has = ", ".join(name for name in OP_NAMES if name in module.__all__)
     raise KestrelError(f"{module.__name__} has no {op}, only {has}: add kernels.{FORMS.get(op, op)}=torch")
