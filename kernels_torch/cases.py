@@ -238,16 +238,6 @@ def attention_decode_paged_inputs(
     return dict(inputs, k_pages=pages[0].clone(), v_pages=pages[1].clone(), block_table=block_table)
 
 
-def linear_cross_entropy_inputs(
-    N: int,
-    D: int,
-    V: int,
-    padding: int = 0,
-    softcap: float | None = None,
-    weights: bool = False,
-    ignored: float = 0.2,
-    reduction: str = "mean",
-) -> Shape:
 def draw_tokens_inputs(B: int, V: int, most: int = 0, draws: bool = True, ties: bool = False) -> Shape:
     """Rows with a top_k of their own, some without, one at temperature 0. ties: few different logits."""
     return dict(
@@ -276,6 +266,16 @@ def take_tokens_inputs(B: int, V: int, H: int) -> Shape:
     )
 
 
+def linear_cross_entropy_inputs(
+    N: int,
+    D: int,
+    V: int,
+    padding: int = 0,
+    softcap: float | None = None,
+    weights: bool = False,
+    ignored: float = 0.2,
+    reduction: str = "mean",
+) -> Shape:
     """padding: rows of weight beyond the vocabulary. ignored: what share of the targets is −1."""
     targets = torch.where(rand(N) < ignored, -1, randint(0, V, (N,)))
     return dict(
@@ -731,25 +731,6 @@ CASES = {
         mlp_case("relu2_mlp", relu2_mlp_inputs, 2, [d_model(384), d_model(768), d_model(1280)]),
         mlp_case("swiglu_mlp", swiglu_mlp_inputs, 3, [dict(N=65536, D=768, F=2048), dict(N=16384, D=2048, F=5632)]),
         Case(
-            "linear_cross_entropy",
-            inputs=linear_cross_entropy_inputs,
-            flops=lambda N, D, V, **_: 2 * N * D * V,
-            bytes=lambda N, D, V, padding=0, **_: N * D + (V + padding) * D,
-            differentiable=("x", "weight", "token_weights"),
-            batched=("x",),  # with reduction="none"
-            fp32=("token_weights",),
-            check=[
-                dict(N=7, D=12, V=33),
-                dict(N=19, D=8, V=41, padding=23, softcap=15.0, weights=True),
-                dict(N=67, D=6, V=10, reduction="sum", softcap=2.0),
-                dict(N=5, D=4, V=9, padding=7, reduction="none", weights=True),
-                dict(N=3, D=4, V=5, ignored=1.0),
-                dict(N=1, D=1, V=1, ignored=0.0),
-                dict(N=0, D=4, V=6),
-            ],
-            time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
-        ),
-        Case(
             "draw_tokens",
             inputs=draw_tokens_inputs,
             flops=lambda B, V, **_: 20 * B * V,
@@ -782,6 +763,25 @@ CASES = {
             batched=(),
             check=[dict(B=3, V=20, H=5), dict(B=70, V=9, H=3), dict(B=0, V=4, H=2)],
             time=[dict(B=1, V=32768, H=512), dict(B=128, V=32768, H=512)],
+        ),
+        Case(
+            "linear_cross_entropy",
+            inputs=linear_cross_entropy_inputs,
+            flops=lambda N, D, V, **_: 2 * N * D * V,
+            bytes=lambda N, D, V, padding=0, **_: N * D + (V + padding) * D,
+            differentiable=("x", "weight", "token_weights"),
+            batched=("x",),  # with reduction="none"
+            fp32=("token_weights",),
+            check=[
+                dict(N=7, D=12, V=33),
+                dict(N=19, D=8, V=41, padding=23, softcap=15.0, weights=True),
+                dict(N=67, D=6, V=10, reduction="sum", softcap=2.0),
+                dict(N=5, D=4, V=9, padding=7, reduction="none", weights=True),
+                dict(N=3, D=4, V=5, ignored=1.0),
+                dict(N=1, D=1, V=1, ignored=0.0),
+                dict(N=0, D=4, V=6),
+            ],
+            time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
         ),
         Case(
             "linear_decode",

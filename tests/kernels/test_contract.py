@@ -406,18 +406,6 @@ REFUSED = {
         (lambda inputs: {"residual": inputs["x"]}, r"residual must be \(3, 33\) .*\(3, 60\)"),
         (lambda _: {"out_dtype": torch.int8}, "int8"),
     ],
-    "muon_momentum": [
-        (half("momentum"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
-        (as_int("grads"), "int32"),
-        (lambda inputs: {"grads": inputs["grads"][0]}, r"\(7, 31\)"),
-    ],
-    "muon_update": [
-        (half("x"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
-        (half("second_moment"), r"\(2, 1, 31\) .*got \(2, 1, 15\)"),
-        (as_int("x"), "int32"),
-    ],
-    "adamw_update": [
-        (half("grads"), r"\(7, 31\) must have its shape, got .*\(7, 15\)"),
     "draw_tokens": [
         (lambda inputs: {"logits": inputs["logits"][0]}, r"\[B, V\], got \(75,\)"),
         (as_int("logits"), "int32"),
@@ -433,6 +421,18 @@ REFUSED = {
         (lambda inputs: {"history": inputs["history"][:2]}, r"\(2, 5\)"),
         (lambda inputs: {"is_stop": inputs["ids"]}, "bool tensor"),
     ],
+    "muon_momentum": [
+        (half("momentum"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
+        (as_int("grads"), "int32"),
+        (lambda inputs: {"grads": inputs["grads"][0]}, r"\(7, 31\)"),
+    ],
+    "muon_update": [
+        (half("x"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
+        (half("second_moment"), r"\(2, 1, 31\) .*got \(2, 1, 15\)"),
+        (as_int("x"), "int32"),
+    ],
+    "adamw_update": [
+        (half("grads"), r"\(7, 31\) must have its shape, got .*\(7, 15\)"),
         (as_int("grads"), "int32"),
         (lambda inputs: {"grads": [inputs["grads"]] * 2}, "got 2, 1, 1 and 1 for 1"),
     ],
