@@ -200,12 +200,22 @@ def qk_norm_rope_inputs(
 
 
 def attention_inputs(
-    B: int, T: int, H: int, Hkv: int, D: int, Tk: int | None = None, window: int | None = None, documents: int = 0
+    B: int,
+    T: int,
+    H: int,
+    Hkv: int,
+    D: int,
+    Tk: int | None = None,
+    causal: bool = True,
+    window: int | None = None,
+    documents: int = 0,
+    softcap: float | None = None,
 ) -> Shape:
     """documents: how many each row is cut into at random places, 0 for no doc_ids."""
     S = T if Tk is None else Tk
     doc_ids = randint(0, documents, (B, T), dtype=torch.int32).sort(dim=1).values if documents else None
-    return dict(q=randn(B, T, H, D), k=randn(B, S, Hkv, D), v=randn(B, S, Hkv, D), window=window, doc_ids=doc_ids)
+    q, k, v = randn(B, T, H, D), randn(B, S, Hkv, D), randn(B, S, Hkv, D)
+    return dict(q=q, k=k, v=v, causal=causal, window=window, doc_ids=doc_ids, softcap=softcap)
 
 
 def attention_part(name: str, value: Tensor, inputs: Shape) -> Tensor:
@@ -299,6 +309,7 @@ def linear_decode_inputs(
     gain: bool = False,
     activation: str | None = None,
     residual: bool = False,
+    softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Shape:
     """form: of the weight's codes; None: it is no codes. F counts the rows of the weight."""
@@ -313,6 +324,7 @@ def linear_decode_inputs(
         eps=1e-6 if norm or gain else None,
         activation=activation,
         residual=randn(N, F // 2 if activation == "swiglu" else F) if residual else None,
+        softcap=softcap,
         out_dtype=out_dtype,
     )
 
@@ -342,11 +354,12 @@ def adamw_update_inputs(N: int, D: int, step: int = 3) -> Shape:
     return dict(params=randn(N, D), grads=randn(N, D), exp_avg=randn(N, D), exp_avg_sq=rand(N, D), rates=rates)
 
 
-def visible_pairs(T: int, Tk: int | None = None, window: int | None = None) -> int:
-    """(query, key) pairs of causal attention, documents aside."""
+def visible_pairs(T: int, Tk: int | None = None, window: int | None = None, causal: bool = True) -> int:
+    """(query, key) pairs of attention, documents aside."""
     Tk = T if Tk is None else Tk
-    reach = Tk if window is None else window + 1
-    return sum(min(Tk - T + t + 1, reach) for t in range(T))
+    reach = T + Tk if window is None else window
+    positions = range(Tk - T, Tk)
+    return sum(max(0, min(Tk - 1, p if causal else p + reach) - max(0, p - reach) + 1) for p in positions)
 
 
 def mlp_case(op: str, inputs: Callable[..., Shape], matrices: int, time: list[Shape]) -> Case:
@@ -645,7 +658,9 @@ CASES = {
         Case(
             "attention",
             inputs=attention_inputs,
-            flops=lambda B, T, H, Hkv, D, Tk=None, window=None, **_: 4 * B * H * D * visible_pairs(T, Tk, window),
+            flops=lambda B, T, H, Hkv, D, Tk=None, window=None, causal=True, **_: (
+                4 * B * H * D * visible_pairs(T, Tk, window, causal)
+            ),
             bytes=lambda B, T, H, Hkv, D, Tk=None, **_: B * D * (2 * T * H + 2 * (Tk or T) * Hkv),
             backward=(2.5, 2.0),
             differentiable=("q", "k", "v"),
@@ -661,7 +676,13 @@ CASES = {
                 dict(B=1, T=3, Tk=11, H=2, Hkv=2, D=8, window=2),
                 dict(B=2, T=1, Tk=9, H=2, Hkv=2, D=8, window=4),
                 dict(B=1, T=1, H=1, Hkv=1, D=1),
-                dict(B=1, T=7, H=2, Hkv=2, D=6, window=0),
+                dict(B=1, T=7, H=2, Hkv=2, D=6, window=1),
+                dict(B=1, T=9, Tk=5, H=2, Hkv=1, D=8),
+                dict(B=2, T=18, H=4, Hkv=2, D=8, causal=False),
+                dict(B=1, T=21, Tk=14, H=2, Hkv=1, D=6, causal=False, window=5),
+                dict(B=1, T=15, H=3, Hkv=1, D=4, causal=False, window=6, documents=2),
+                dict(B=1, T=17, H=2, Hkv=1, D=8, window=6, softcap=1.5),
+                dict(B=1, T=11, Tk=19, H=2, Hkv=2, D=16, causal=False, softcap=3.0),
                 dict(B=0, T=4, H=2, Hkv=1, D=4),
             ],
             time=[
@@ -687,7 +708,7 @@ CASES = {
                 dict(B=3, Tn=1, S=17, H=4, Hkv=2, D=16),
                 dict(B=2, Tn=5, S=13, H=2, Hkv=1, D=8, window=3),
                 dict(B=1, Tn=7, S=7, H=2, Hkv=2, D=8, full=True),
-                dict(B=4, Tn=1, S=9, H=1, Hkv=1, D=6, window=0),
+                dict(B=4, Tn=1, S=9, H=1, Hkv=1, D=6, window=1),
                 dict(B=0, Tn=1, S=4, H=2, Hkv=1, D=8),
             ],
             prove=(dict(B=2, Tn=1, S=300, H=2, Hkv=2, D=128), dict(B=2, Tn=1, S=300, H=8, Hkv=2, D=128)),
@@ -797,11 +818,12 @@ CASES = {
                 dict(N=2, C=33, F=20, gain=True, activation="swiglu", residual=True),
                 dict(N=19, C=96, F=40, norm=True, residual=True, out_dtype=torch.float32),
                 dict(N=5, C=31, F=1, activation="silu"),
+                dict(N=20, C=24, F=50, softcap=0.7),
                 dict(N=1, C=300, F=21, form="int8", gain=True),
                 dict(N=6, C=130, F=24, form="int8", norm=True, activation="relu2"),
                 dict(N=1, C=130, F=24, form="int4", norm=True, residual=True),
                 dict(N=7, C=200, F=22, form="int4", group=64, gain=True, activation="swiglu"),
-                dict(N=1, C=70, F=18, form="fp8", out_dtype=torch.float32),
+                dict(N=1, C=70, F=18, form="fp8", softcap=1.5, out_dtype=torch.float32),
                 dict(N=4, C=257, F=35, form="fp8", norm=True, residual=True),
                 dict(N=70, C=40, F=12, form="int4", norm=True),
                 dict(N=0, C=12, F=9),

@@ -20,9 +20,10 @@ def linear_decode(
     eps: float | None = None,
     activation: str | None = None,
     residual: Tensor | None = None,
+    softcap: float | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """y = activation(norm(x) Wᵀ) + residual
+    """y = activation(norm(x) Wᵀ) + residual, bounded to softcap · tanh(y / softcap)
 
     x            [..., C]; meant for one to some dozen rows, right for any number
     weight       [F, C] in the dtype of x; or its codes, see quantised_weight.py
@@ -31,19 +32,21 @@ def linear_decode(
     eps          of rmsnorm(x, norm_weight, eps=eps) before the product; None: no norm
     activation   None; "relu2": relu(z)²; "silu": z · sigmoid(z); "swiglu": silu(z[:F/2]) · z[F/2:], which halves F
     residual     like the result, in the dtype of x
+    softcap      None: no bound
     out_dtype    of the result; None: that of x
     → [..., F] or [..., F/2]
 
     Several matrices with one input are one weight, stacked once: their results lie side by side. Not differentiated.
     Raises ValueError for shapes, dtypes or names that do not fit together.
     """
-    check_linear_decode(x, weight, scales, norm_weight, eps, activation, residual, out_dtype)
+    check_linear_decode(x, weight, scales, norm_weight, eps, activation, residual, softcap, out_dtype)
     with torch.no_grad():
         if eps is not None:
             x = rmsnorm(x, norm_weight, eps=eps)
         w = weight if scales is None else dequantise(weight, scales, x.shape[-1], x.dtype)
         y = activate(F.linear(x, w), activation)
-        return (y if residual is None else y + residual).to(x.dtype if out_dtype is None else out_dtype)
+        y = (y if residual is None else y + residual).to(x.dtype if out_dtype is None else out_dtype)
+        return y if softcap is None else softcap * torch.tanh(y / softcap)
 
 
 def activate(z: Tensor, activation: str | None) -> Tensor:
@@ -65,6 +68,7 @@ def check_linear_decode(
     eps: float | None,
     activation: str | None,
     residual: Tensor | None,
+    softcap: float | None,
     out_dtype: torch.dtype | None,
 ) -> None:
     """Refuse what `linear_decode` cannot mean."""
@@ -94,5 +98,7 @@ def check_linear_decode(
     shape = (*x.shape[:-1], weight.shape[0] // 2 if activation == "swiglu" else weight.shape[0])
     if residual is not None and (tuple(residual.shape) != shape or residual.dtype != x.dtype):
         raise ValueError(f"residual must be {shape} in {x.dtype}, got {tuple(residual.shape)} {residual.dtype}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be positive, got {softcap}")
     if out_dtype is not None and not out_dtype.is_floating_point:
         raise ValueError(f"out_dtype must be floating point, got {out_dtype}")

@@ -286,10 +286,21 @@ REFUSED = {
     "attention": [
         (half("k"), "Hkv, D"),
         (lambda inputs: {"q": inputs["q"][:, :, :3]}, "3 and 2"),
-        (lambda inputs: {"k": inputs["k"][:, :9], "v": inputs["v"][:, :9]}, "9 and 17"),
+        (lambda _: {"window": 0}, "at least 1, got 0"),
         (lambda _: {"window": -2}, "-2"),
+        (lambda _: {"softcap": 0.0}, "positive and finite, got 0.0"),
+        (lambda _: {"softcap": float("inf")}, "got inf"),
+        (lambda _: {"softcap": float("nan")}, "got nan"),
         (as_int("v"), "int32"),
         (lambda _: {"window": 1.5}, "1.5"),
+        (
+            lambda inputs: {
+                "k": inputs["k"][:, :9],
+                "v": inputs["v"][:, :9],
+                "doc_ids": inputs["q"].new_zeros(2, 17, dtype=torch.int32),
+            },
+            "doc_ids need as many keys as queries, got 9 and 17",
+        ),
         (lambda inputs: {"doc_ids": inputs["q"].new_zeros(3, 17, dtype=torch.int32)}, r"\(3, 17\)"),
         (lambda inputs: {"doc_ids": inputs["q"].new_zeros(2, 17)}, "integers, got .*float32"),
     ],
@@ -297,6 +308,7 @@ REFUSED = {
         (half("v_cache"), "Hkv, D"),
         (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
         (lambda inputs: {"lengths": inputs["lengths"][:2]}, r"\(2,\)"),
+        (lambda _: {"window": 0}, "at least 1, got 0"),
         (lambda _: {"window": -2}, "-2"),
         (lambda inputs: {"q": inputs["q"].repeat(1, 18, 1, 1)}, "18 new tokens do not fit a cache of 17"),
     ],
@@ -404,6 +416,7 @@ REFUSED = {
         (lambda inputs: {"norm_weight": inputs["x"][0, :7], "eps": 1e-6}, r"\(60,\), got \(7,\)"),
         (lambda _: {"eps": -1.0}, "-1.0"),
         (lambda inputs: {"residual": inputs["x"]}, r"residual must be \(3, 33\) .*\(3, 60\)"),
+        (lambda _: {"softcap": 0.0}, "0.0"),
         (lambda _: {"out_dtype": torch.int8}, "int8"),
     ],
     "draw_tokens": [
