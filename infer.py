@@ -123,7 +123,8 @@ def load_engine(config: InferConfig) -> Engine:
         torch.set_num_threads(1)
     note(
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
-        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, kernels: {describe_ops(config.kernels)}"
+        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, "
+        f"kernels: {describe_ops(config.kernels, device.device, device.dtype)}"
     )
     max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
     return Engine(model, tokenizer, max_rows=max_rows)
@@ -135,7 +136,7 @@ def check_hardware(hardware: HardwareConfig) -> None:
         raise KestrelError("infer.py runs as one process: start it with python instead of torchrun")
     if hardware.compile:
         raise KestrelError("hardware.compile=true is for training: infer.py runs the model as it is, leave it out")
-    for key, usual in (("cuda_graph", "auto"), ("recompute", []), ("profile", False)):
+    for key, usual in (("cuda_graph", "auto"), ("reduce_dtype", "float32"), ("recompute", []), ("profile", False)):
         if (value := getattr(hardware, key)) != usual:
             raise KestrelError(f"hardware.{key} is for training: infer.py has no use for {value}, leave it out")
     if hardware.device_batch_size != -1:

@@ -173,7 +173,12 @@ def new_optimizer(run: RunConfig, model: LanguageModel, horizon: Horizon, ops: O
         weight_decay=horizon.weight_decay,
     )
     return MuonAdamW(
-        groups, ops, compute_dtype=device.dtype, copies=model.keep_copies(), rates_on_device=device.cuda_graph
+        groups,
+        ops,
+        compute_dtype=device.dtype,
+        copies=model.keep_copies(),
+        rates_on_device=device.cuda_graph,
+        reduce_dtype=distributed.DTYPES[run.hardware.reduce_dtype],
     )
 
 

@@ -2,7 +2,8 @@
 
 There is no DistributedDataParallel: every rank holds all parameters and the gradients of its own batch, and a step is
 
-    1  start averaging every group's gradients over the ranks        each rank receives only the rows it owns
+    1  average every group's gradients over the ranks, begun bucket  each rank receives only the rows it owns
+       by bucket while the backward pass still runs (optim/early.py)
     2  per group: wait, update the owned rows, start collecting      momentum and variance exist only for owned rows
     3  wait for every group's updated rows and copy them back
 
@@ -15,7 +16,7 @@ Arithmetic and state are fp32 whatever a parameter is stored in: in bf16 a movin
 on two ranks and loaded on one or three.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -23,10 +24,13 @@ import torch
 from torch import Tensor
 
 from errors import KestrelError
+from optim.early import EarlyReduction
 from optim.sharding import Ranks
 
 # Fewer numbers than this are cheaper to average everywhere than to hand out.
 REPLICATED_BELOW = 1024
+# Matrices travel together up to this many bytes, or one for each rank: a message of less is mostly waiting.
+BUCKET_BYTES = 16 * 2**20
 
 Spec = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
@@ -58,6 +62,7 @@ class MuonAdamW:
         process_group: "torch.distributed.ProcessGroup | None" = None,
         copies: Mapping[str, Tensor] | None = None,
         rates_on_device: bool | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
     ) -> None:
         """
         groups          from parameter_groups
@@ -66,8 +71,9 @@ class MuonAdamW:
         process_group   None: all ranks, if torch.distributed is initialised
         copies          tensors by name of parameter, to be kept equal to it in another dtype
         rates_on_device whether updates read there what changes from step to step, as captured ones must; None: on a GPU
+        reduce_dtype    in what large gradients travel between ranks
         """
-        self.ranks = Ranks(process_group)
+        self.ranks = Ranks(process_group, reduce_dtype)
         muon_dtype = torch.bfloat16 if compute_dtype == torch.bfloat16 else torch.float32
         adamw = [group for group in groups if group["kind"] == "adamw"]
         muon = [group for group in groups if group["kind"] == "muon"]
@@ -85,7 +91,13 @@ class MuonAdamW:
         unused = iter(range(len(groups)))
         for group in self.groups:
             group.place_rates([next(unused) for _ in range(group.n_rates)], rates)
+        self.early = EarlyReduction(self.groups, self.ranks) if self.ranks.size > 1 else None
         self.steps = 0
+
+    def expect_last_gradients(self) -> None:
+        """The backward pass that comes is a step's last one: what it finishes may be averaged at once."""
+        if self.early is not None:
+            self.early.arm()
 
     @torch.no_grad()
     def step(
@@ -121,6 +133,8 @@ class MuonAdamW:
     @torch.no_grad()
     def update(self, *, inv_scale: float | None = None, grad_clip: float = 0.0) -> StepResult:
         """One update at the rates that were set. Without inv_scale the host waits for nothing."""
+        if self.early is not None:
+            self.early.finish()
         for group in self.groups:
             group.start_reduce()
         grad_norm = None
@@ -204,7 +218,10 @@ def check_state(tensors: dict[str, Tensor], spec: Spec) -> None:
 
 
 class Group:
-    """Parameters of one rule. Subclasses say which rows a rank owns, how they move and what they remember."""
+    """Parameters of one rule. Subclasses say which rows a rank owns, how they move and what they remember.
+
+    Gradients travel by buckets, lists of parameters by number; `begun` has for each the wait for what arrives.
+    """
 
     n_rates = 1
 
@@ -214,7 +231,8 @@ class Group:
         assert len(self.params) == len(self.names) > 0, groups
         self.ranks, self.ops, self.device = ranks, ops, self.params[0].device
         self.copies = [copies.get(name) for name in self.names]
-        self.arrived: Callable[[], list[Tensor]] | None = None  # waits for the averaged gradients
+        self.buckets: list[list[int]] = []
+        self.begun: dict[int, Callable[[], object]] = {}
         self.grads: list[Tensor] = []  # of the owned rows, averaged
         self.squared_norm = torch.zeros((), device=self.device)  # this rank's part of it
 
@@ -223,9 +241,21 @@ class Group:
             assert p.grad is not None, f"{name} has no gradient: every parameter must take part in the loss"
         return [p.grad for p in self.params]
 
+    def reduce(self, bucket: int) -> None:
+        """Start averaging a bucket's gradients over the ranks."""
+        if bucket not in self.begun:
+            self.begun[bucket] = self.average([self.params[i].grad for i in self.buckets[bucket]], bucket)
+
+    def start_reduce(self) -> None:
+        """Start averaging all that is not on its way yet."""
+        self.local_gradients()
+        for bucket in range(len(self.buckets)):
+            self.reduce(bucket)
+
     def wait_reduce(self) -> None:
-        if self.arrived is not None:
-            self.grads, self.arrived = list(self.arrived()), None
+        if self.begun:
+            arrived = [self.begun[bucket]() for bucket in range(len(self.buckets))]
+            self.grads, self.begun = self.owned_gradients(arrived), {}
 
     def measure_gradients(self) -> None:
         self.squared_norm = squared_norm(self.counted_gradients(), self.device)
@@ -275,6 +305,8 @@ class AdamWGroup(Group):
         self.parts, self.n_rates = groups, len(groups)
         self.part_of = [i for i, group in enumerate(groups) for _ in group["params"]]
         self.shared = [p.numel() >= REPLICATED_BELOW for p in self.params]
+        small = [i for i, shared in enumerate(self.shared) if not shared]
+        self.buckets = [[i] for i, shared in enumerate(self.shared) if shared] + ([small] if small else [])
         self.exp_avg = [torch.zeros_like(p, dtype=torch.float32) for p in self.owned_rows()]
         self.exp_avg_sq = [torch.zeros_like(p, dtype=torch.float32) for p in self.owned_rows()]
 
@@ -295,16 +327,15 @@ class AdamWGroup(Group):
             for p, shared in zip(self.params, self.shared)
         ]
 
-    def start_reduce(self) -> None:
-        grads = self.local_gradients()
-        small = self.ranks.average_all([g for g, shared in zip(grads, self.shared) if not shared])
-        large = [self.ranks.average_rows(g) for g, shared in zip(grads, self.shared) if shared]
+    def average(self, grads: list[Tensor], bucket: int) -> Callable[[], list[Tensor]]:
+        if not self.shared[self.buckets[bucket][0]]:
+            return self.ranks.average_all(grads)
+        wait = self.ranks.average_rows(grads[0])
+        return lambda: [wait()]
 
-        def wait() -> list[Tensor]:
-            smalls, larges = iter(small()), iter(large)
-            return [next(larges)() if shared else next(smalls) for shared in self.shared]
-
-        self.arrived = wait
+    def owned_gradients(self, arrived: list[list[Tensor]]) -> list[Tensor]:
+        by_number = {i: g for bucket, grads in zip(self.buckets, arrived) for i, g in zip(bucket, grads)}
+        return [by_number[i] for i in range(len(self.params))]
 
     def is_counted(self) -> list[bool]:
         return [shared or self.ranks.rank == 0 for shared in self.shared]
@@ -361,7 +392,7 @@ class AdamWGroup(Group):
 
 
 class MuonGroup(Group):
-    """Muon on K matrices of one shape [r, c]: see kernels_torch.muon. A rank owns whole matrices.
+    """Muon on K matrices of one shape [r, c]: see kernels_torch.muon. A rank owns whole matrices, some of each bucket.
 
     U, M ← muon_momentum(G, M);   X ← newton_schulz(U);   P, S ← muon_update(P, X, S)
     """
@@ -373,8 +404,11 @@ class MuonGroup(Group):
         self.lr, self.weight_decay, self.beta2 = group["lr"], group["weight_decay"], group["beta2"]
         self.muon_eq, self.muon_plus, self.dtype = group["muon_eq"], group["muon_plus"], dtype
         r, c = self.params[0].shape
-        self.mine = ranks.share(len(self.params))
-        count = self.mine.stop - self.mine.start
+        K = len(self.params)
+        together = ranks.size * max(1, BUCKET_BYTES // (4 * r * c * ranks.size)) if ranks.size > 1 else K
+        self.buckets = [list(range(i, min(i + together, K))) for i in range(0, K, together)]
+        self.mine = [i for bucket in self.buckets for i in bucket[ranks.share(len(bucket))]]
+        count = len(self.mine)
         self.momentum = torch.zeros(count, r, c, device=self.device)
         self.second_moment = torch.zeros(count, *((r, 1) if r >= c else (1, c)), device=self.device)
 
@@ -386,16 +420,23 @@ class MuonGroup(Group):
         self.rates = numbers if self.on_device is None else tuple(self.on_device[i] for i in range(3))
         return [(*numbers, 0.0, 0.0, 0.0)]
 
-    def start_reduce(self) -> None:
-        grads = self.local_gradients()
+    def average(self, grads: list[Tensor], bucket: int) -> Callable[[], Sequence[Tensor]]:
         if self.ranks.size == 1:
-            self.arrived = lambda: grads  # they may lie apart
-        else:
-            self.arrived = self.ranks.average_rows(torch.stack(grads))
+            return lambda: grads  # they may lie apart
+        return self.ranks.average_rows(torch.stack(grads))
+
+    def owned_gradients(self, arrived: list[Sequence[Tensor]]) -> Sequence[Tensor]:
+        return [g for rows in arrived for g in rows]
+
+    def whole(self, rows: Tensor) -> Callable[[], list[Tensor]]:
+        """Start collecting what every rank has for its own matrices → the same for all of them."""
+        mine = [len(bucket[self.ranks.share(len(bucket))]) for bucket in self.buckets]
+        waits = [self.ranks.gather_rows(part, len(bucket)) for part, bucket in zip(rows.split(mine), self.buckets)]
+        return lambda: [x for wait in waits for x in wait()]
 
     def update(self) -> None:
         self.squared_norm = torch.zeros((), device=self.device)
-        owned, grads, self.grads = [p.detach() for p in self.params[self.mine]], self.grads, []
+        owned, grads, self.grads = [self.params[i].detach() for i in self.mine], self.grads, []
         if not owned:
             return  # more ranks than matrices: nothing to do but take part in the gather
         lr, mu, weight_decay = self.rates
@@ -413,13 +454,13 @@ class MuonGroup(Group):
     def start_gather(self) -> None:
         self.gathered = None
         if self.ranks.size > 1:
-            owned = [p.detach() for p in self.params[self.mine]]
+            owned = [self.params[i].detach() for i in self.mine]
             rows = torch.stack(owned) if owned else self.params[0].detach().new_empty(0, *self.params[0].shape)
-            self.gathered = self.ranks.gather_rows(rows, len(self.params))
+            self.gathered = self.whole(rows)
 
     def wait_gather(self) -> None:
         if self.gathered is not None:
-            torch._foreach_copy_(self.params, list(self.gathered().unbind()))
+            torch._foreach_copy_(self.params, self.gathered())
             self.gathered = None
         if self.ranks.size > 1 or any(c is None for c in self.copies):
             self.copy_parameters()
@@ -436,11 +477,10 @@ class MuonGroup(Group):
 
     def gather_state(self) -> Iterator[tuple[str, Tensor]]:
         for kind, tensor in self._state():
-            whole = self.ranks.gather_rows(tensor, len(self.params))()
-            for name, x in zip(self.names, whole):
+            for name, x in zip(self.names, self.whole(tensor)()):
                 yield f"{name}.{kind}", x
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         for kind, tensor in self._state():
-            for x, name in zip(tensor, self.names[self.mine]):
-                x.copy_(tensors[f"{name}.{kind}"])
+            for x, i in zip(tensor, self.mine):
+                x.copy_(tensors[f"{self.names[i]}.{kind}"])

@@ -21,8 +21,9 @@ _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_t
 class Ranks:
     """The processes that train together: this one's number, how many there are, and what they exchange."""
 
-    def __init__(self, group: "dist.ProcessGroup | None" = None) -> None:
-        self.group = group
+    def __init__(self, group: "dist.ProcessGroup | None" = None, dtype: torch.dtype = torch.float32) -> None:
+        """dtype: in what the rows of gradients travel; they are averaged in it, and fp32 again when they arrive"""
+        self.group, self.dtype = group, dtype
         initialised = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank(group) if initialised else 0
         self.size = dist.get_world_size(group) if initialised else 1
@@ -37,13 +38,13 @@ class Ranks:
         if self.size == 1:
             return lambda: x
         block, mine = self._block(len(x)), self.share(len(x))
-        padded = _pad_rows(x, block * self.size)
-        out = x.new_empty(block, *x.shape[1:])
+        padded = _pad_rows(x.to(self.dtype), block * self.size)
+        out = padded.new_empty(block, *x.shape[1:])
         work = _reduce_scatter(out, padded, op=dist.ReduceOp.AVG, group=self.group, async_op=True)
 
         def wait() -> Tensor:
             work.wait()
-            return out[: mine.stop - mine.start]
+            return out[: mine.stop - mine.start].to(x.dtype)
 
         return wait
 

@@ -252,6 +252,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "device_batch_size": Flip("1", "train.shape"),
         "compile": Flip("true", "train.compiled"),
         "cuda_graph": Flip("true", "train.weights", refused=True),  # likewise
+        "reduce_dtype": Flip("bfloat16", "train.reduced_in"),
         "recompute": Flip("[block]", "train.recomputed"),
         "profile": Flip("true", "train.profiled"),
         "deterministic": Flip("true", "train.deterministic"),
@@ -283,6 +284,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "device_batch_size": Flip("2", "told", refused=True),
         "compile": Flip("true", "told", refused=True),
         "cuda_graph": Flip("true", "told", refused=True),
+        "reduce_dtype": Flip("bfloat16", "told", refused=True),
         "recompute": Flip("[block]", "told", refused=True),
         "profile": Flip("true", "told", refused=True),
         "deterministic": Flip("true", "engine_is_deterministic"),
@@ -476,6 +478,7 @@ class Trained(NamedTuple):
     shape: list  # of the tokens of each micro-batch
     threads: int
     deterministic: bool
+    reduced_in: str
     compiled: int
     recomputed: int  # how often something was left to be made again
     profiled: bool
@@ -571,6 +574,7 @@ class Witness:
             step.model = model
             notes["threads"] = torch.get_num_threads()
             notes["deterministic"] = torch.are_deterministic_algorithms_enabled()
+            notes["reduced_in"] = str(step.optimizer.ranks.dtype)
             complete = usual(*given.args, **given.kwargs)
             notes["weights"] = digest(forward.parameters())
             notes["folder"] = str(given.arguments["reporter"].run_dir)

@@ -32,6 +32,7 @@ class HardwareConfig:
     device_batch_size: int = -1  # rows per micro-batch; -1: as many as fit and divide the batch
     compile: bool = False
     cuda_graph: str = "auto"  # auto | true | false
+    reduce_dtype: str = "float32"  # in what gradients travel between ranks: float32 | bfloat16
     recompute: list[str] = field(default_factory=list)  # "block", or names of ops
     profile: bool = False
     deterministic: bool = False
@@ -49,6 +50,8 @@ class HardwareConfig:
         self.cuda_graph = self.cuda_graph.lower()  # YAML's true arrives as True
         if self.cuda_graph not in ("auto", "true", "false"):
             raise KestrelError(f"hardware.cuda_graph must be auto, true or false, got {self.cuda_graph!r}")
+        if self.reduce_dtype not in ("float32", "bfloat16"):
+            raise KestrelError(f"hardware.reduce_dtype must be float32 or bfloat16, got {self.reduce_dtype!r}")
         if self.device_batch_size != -1 and self.device_batch_size < 1:
             raise KestrelError(
                 f"hardware.device_batch_size must be positive, or -1 (auto), got {self.device_batch_size}"
@@ -94,7 +97,7 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
     rank, local_rank, world_size = read_ranks(os.environ)
     device = choose_device(hardware.device, local_rank)
     dtype = choose_dtype(hardware.dtype, device)
-    cuda_graph = choose_cuda_graph(hardware, device, dtype)
+    cuda_graph = choose_cuda_graph(hardware, device, dtype, world_size)
     if hardware.threads is not None:
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
         if hardware.threads > most:
@@ -193,11 +196,14 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: torch.dtype) -> bool:
-    """auto: where there is a GPU, unless its dtype, torch.compile or Triton's interpreter speak against it."""
+def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: torch.dtype, world_size: int = 1) -> bool:
+    """auto: where there is one GPU, unless its dtype, torch.compile or Triton's interpreter speak against it.
+
+    With several, gradients leave while the backward pass runs, which a graph of this rank's own work does not do.
+    """
     is_gpu, is_fp16 = device.type == "cuda", dtype == torch.float16
     if hardware.cuda_graph == "auto":
-        return is_gpu and not is_fp16 and not hardware.compile and not is_interpreted()
+        return is_gpu and world_size == 1 and not is_fp16 and not hardware.compile and not is_interpreted()
     if hardware.cuda_graph == "true" and not is_gpu:
         raise KestrelError(
             f"hardware.cuda_graph=true needs an NVIDIA GPU, but the device is {device}; leave it at auto"

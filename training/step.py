@@ -35,9 +35,11 @@ class Step:
     """One optimizer step after another.
 
     model         called as model(tokens, targets, …) → mean loss; may be compiled
-    accumulation  micro-batches of a step
+    accumulation  micro-batches of a step; the last one's gradients leave for other ranks as they are made
     grad_clip     largest norm of all gradients together; 0: no clipping
     """
+
+    communicates_early = True
 
     def __init__(
         self, model: nn.Module, optimizer: MuonAdamW, *, accumulation: int, device: torch.device, grad_clip: float = 0.0
@@ -45,10 +47,14 @@ class Step:
         self.model, self.optimizer = model, optimizer
         self.accumulation, self.grad_clip = accumulation, grad_clip
         self.loss = torch.zeros((), device=device)  # mean over the micro-batches of this step so far
+        self.n_added = 0
 
     def add(self, batch: Batch, *, first: bool, scale: float = 1.0) -> None:
         """Add the gradients of a micro-batch and its loss; the first of a step finds none before it."""
+        self.n_added = 1 if first else self.n_added + 1
         loss = self.model(batch.tokens, batch.targets, token_weights=batch.weights, doc_ids=batch.doc_ids)
+        if self.communicates_early and self.n_added == self.accumulation:
+            self.optimizer.expect_last_gradients()
         (loss * (scale / self.accumulation)).backward()
         if first:
             self.loss.zero_()
@@ -71,6 +77,8 @@ class CapturedStep(Step):
     capture         model.cuda_graphs.CudaGraphs()
     capture_update  False: the update stays eager, for the sake of its communication with other ranks
     """
+
+    communicates_early = False  # what is recorded is this rank's own work
 
     def __init__(self, *args: object, capture: Capture, capture_update: bool = True, **options: object) -> None:
         super().__init__(*args, **options)

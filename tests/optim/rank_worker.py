@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from optim import muon_adamw
 from optim.groups import AdamWConfig, MuonAdamWConfig
 from optim.sharding import Ranks
 from tests.optim.toy import Toy, random_gradients, set_gradients, snapshot, toy_optimizer
@@ -65,10 +66,36 @@ def be_rank(rank, world_size, folder):
     model, optimizer = toy_optimizer(config=NO_DECAY)
     results = train(model, optimizer, mine, range(STEPS), grad_clip=CLIP)
     out["clipped"] = {"parameters": snapshot(model), "norms": [r.grad_norm for r in results]}
+    out["early"] = begin_early(mine)
+    out["in bf16"] = train_in_bf16(mine)
     out["skipping"] = skip_when_one_rank_overflows(mine, rank, world_size)
     out["collectives"] = collectives(rank, world_size)
     torch.save(out, folder / f"ranks_{world_size}_{rank}.pt")
     dist.destroy_process_group()
+
+
+def begin_early(gradients):
+    """Two backward passes a step, of which the second one's gradients leave while it runs, in the smallest buckets."""
+    bucket_bytes, muon_adamw.BUCKET_BYTES = muon_adamw.BUCKET_BYTES, 0
+    model, optimizer = toy_optimizer(config=NO_DECAY)
+    n_buckets, begun = len(optimizer.early.buckets), []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        for i in range(2):
+            if i == 1:
+                optimizer.expect_last_gradients()
+            parts = [(p * (g / 2)).sum() for p, g in zip(model.parameters(), gradients(model, step))]
+            torch.stack(parts).sum().backward()
+        begun.append(sum(len(group.begun) for group in optimizer.groups))
+        optimizer.step(1 - step / 10, 0.85 + step / 100, 1 - step / 20)
+    muon_adamw.BUCKET_BYTES = bucket_bytes
+    return {"parameters": snapshot(model), "begun": begun, "n_buckets": n_buckets, "state": optimizer.state_tensors()}
+
+
+def train_in_bf16(gradients):
+    model, optimizer = toy_optimizer(config=NO_DECAY, reduce_dtype=torch.bfloat16)
+    train(model, optimizer, gradients, range(1))
+    return {"parameters": snapshot(model), "dtype": {g.dtype for group in optimizer.groups for g in group.grads}}
 
 
 def local_state_numbers(optimizer):

@@ -90,6 +90,33 @@ def test_state_of_ranks_continues_in_one_process(ranks, world_size, name):
 
 
 @each_world
+def test_gradients_leave_while_the_backward_pass_runs(ranks, world_size):
+    """From the second step on, when all ranks know the order; the numbers are those of one process."""
+    model, optimizer, _ = alone(world_size, NO_DECAY)
+    for rank in range(world_size):
+        got = ranks[world_size, rank]["early"]
+        assert got["begun"] == [0] + [got["n_buckets"]] * (STEPS - 1)
+        assert_same(got["parameters"], snapshot(model))
+    assert_same(ranks[world_size, 0]["early"]["state"], optimizer.state_tensors())
+
+
+@each_world
+def test_gradients_may_travel_in_bf16(ranks, world_size):
+    """Rounded on the way and nowhere else: after Muon's and Adam's normalisation, steps differ by little."""
+    before = snapshot(Toy())
+    model, _, _ = alone(world_size, NO_DECAY, range(1))
+    for name, exact in snapshot(model).items():
+        got = ranks[world_size, 0]["in bf16"]["parameters"][name]
+        assert (got - exact).norm() <= 0.1 * (exact - before[name]).norm(), name
+        assert torch.equal(got, ranks[world_size, 1]["in bf16"]["parameters"][name])
+    moved = (
+        torch.equal(ranks[world_size, 0]["in bf16"]["parameters"][name], exact)
+        for name, exact in snapshot(model).items()
+    )
+    assert not all(moved)  # it was rounded
+
+
+@each_world
 @each_config
 def test_only_small_parameters_have_their_state_on_every_rank(ranks, world_size, name):
     _, optimizer, _ = alone(world_size, CONFIGS[name], steps=[])

@@ -32,11 +32,11 @@ class Toy(nn.Module):
         return {role: [getattr(self, f"{role}_{i}") for i in range(len(s))] for role, s in SHAPES.items()}
 
 
-def toy_optimizer(model=None, config=None, ops=kernels_torch, **changes):
+def toy_optimizer(model=None, config=None, ops=kernels_torch, reduce_dtype=torch.float32, **changes):
     """(model, optimizer) of one step to the next: the same numbers for every caller."""
     model = model or Toy()
     groups = parameter_groups(model, config or MuonAdamWConfig(**changes), n_embd=24)
-    return model, MuonAdamW(groups, ops)
+    return model, MuonAdamW(groups, ops, reduce_dtype=reduce_dtype)
 
 
 def random_gradients(model, seed):

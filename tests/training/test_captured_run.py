@@ -40,14 +40,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     return run
 
 
-def test_a_captured_run_learns_what_an_eager_one_does(run):
-    """Two micro-batches a step, validations between, clipping."""
+@pytest.mark.parametrize(("dtype", "rel"), [("float32", 1e-6), ("bfloat16", 1e-3)])
+def test_a_captured_run_learns_what_an_eager_one_does(run, dtype, rel):
+    """Two micro-batches a step, validations between, clipping. In bf16 the last bit of a rate turns roundings."""
     (eager, _), (captured, _) = (
-        run(f"captured-{c}", "optim.grad_clip=0.5", "hardware.dtype=bfloat16", captured=c) for c in (False, True)
+        run(f"captured-{c}", "optim.grad_clip=0.5", f"hardware.dtype={dtype}", captured=c) for c in (False, True)
     )
     assert captured.keys() == eager.keys() == set(range(1, 10))
     for step, loss in eager.items():
-        assert captured[step] == pytest.approx(loss, rel=1e-4)
+        assert captured[step] == pytest.approx(loss, rel=rel)
 
 
 def test_a_captured_run_that_goes_on_equals_one_that_never_stopped(run):

@@ -124,8 +124,8 @@ def test_dtype_the_device_lacks_is_refused(pretend_gpu):
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
 
 
-def graphs(device, dtype=torch.bfloat16, **changes):
-    return choose_cuda_graph(HardwareConfig(**changes), device, dtype)
+def graphs(device, dtype=torch.bfloat16, world_size=1, **changes):
+    return choose_cuda_graph(HardwareConfig(**changes), device, dtype, world_size)
 
 
 def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
@@ -133,6 +133,7 @@ def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
     assert graphs(GPU)
     assert graphs(GPU, cuda_graph="auto")
     assert not graphs(CPU)
+    assert not graphs(GPU, world_size=2)  # whose gradients leave early
     assert not graphs(GPU, torch.float16)  # its scale changes on the way
     assert not graphs(GPU, compile=True)  # the baseline that everyone knows
     assert graphs(GPU, compile=True, cuda_graph="true")
@@ -158,6 +159,7 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence():
         ({"dtype": "bf16"}, r"hardware\.dtype must be one of .*got 'bf16'"),
         ({"device_batch_size": 0}, r"hardware\.device_batch_size must be positive, or -1"),
         ({"cuda_graph": "maybe"}, r"hardware\.cuda_graph must be auto, true or false, got 'maybe'"),
+        ({"reduce_dtype": "float16"}, r"hardware\.reduce_dtype must be float32 or bfloat16, got 'float16'"),
         ({"recompute": ["mlp"]}, r"hardware\.recompute knows no 'mlp'; choose from block, embedding"),
         ({"threads": 0}, r"hardware\.threads must be positive, or null"),
     ],
