@@ -1,0 +1,440 @@
+"""kernels_torch.fp8 with passes that write 8-bit numbers both ways at once. For the arithmetic and its bounds see there.
+
+How often a value of each tensor moves through memory, in bytes, beside what the products read and write themselves:
+
+    x after a norm             2 read, 1 + 1 written (values and transpose)              4
+    x of elsewhere, dy         2 read to measure, then the same                          6
+    z of relu² (bf16)          2 read, relu(z)² 1 + 1 written                            4
+    dh of relu² (bf16)         2 read, relu(z)² from its transpose 1, dz 1 + 1 written   5
+
+Measuring takes the largest value and the largest row norm as the bits of non-negative floats, whose order is that of
+integers, by integer atomics: exact whatever the order, and NaN, whose bits are above all others, is not lost.
+
+A pass has four tiles of rows 4i, 4i + 1, 4i + 2 and 4i + 3 in registers. The four bytes of a column are put together to
+one word before the tile is turned: so the transposition goes by words and not by bytes, and its rows are stored in words.
+
+Weights are measured and rounded all in two launches, by a table of their addresses (tables.py).
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from kernels_torch.fp8 import E4M3, E5M2, TOP, Fp8, as_rows, check_linear, empty_weight, product
+from kernels_triton.autograd import differentiable_once
+from kernels_triton.launch import Tile, ceil_div, check_gpu, launch, n_processors, next_power_of_two
+from kernels_triton.primitives import relu2, relu2_grad
+from kernels_triton.rows import values_side_by_side
+from kernels_triton.tables import table_of
+
+__all__ = ["Fp8", "empty_weight", "fp8_linear", "fp8_relu2_mlp", "fp8_weights"]
+
+# Not measured yet. BT: words of four rows.
+MEASURE, MEASURE_VALUES, STAY = 4, 4096, 8   # warps, values at a time, programs a processor
+PASS = Tile(BT=16, BD=128, warps=4)
+COLUMNS = 11  # of the table of weights
+
+
+@triton.jit
+def _unit_of(b_bits, TOP: tl.constexpr):
+    """Bits of a bound → the unit: kernels_torch.fp8.unit_of."""
+    exponent = (b_bits >> 23) - 127 - TOP
+    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
+    unit = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    return tl.where(b_bits >= 0x7F800000, float("nan"), unit)
+
+
+@triton.jit
+def _encode(b_x, scale, dtype: tl.constexpr):
+    """In units; the conversion itself would turn infinity into the largest value."""
+    return tl.where(tl.abs(b_x) < float("inf"), b_x * scale, float("nan")).to(dtype)
+
+
+@triton.jit
+def _byte(b_q, j: tl.constexpr):
+    """8-bit numbers as byte j of words."""
+    return b_q.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * j)
+
+
+@triton.jit
+def _of_byte(b_words, j: tl.constexpr):
+    """Byte j of words as the e4m3 number it is, not negative, in fp32.
+
+    Not by a conversion: the compiler would then turn a tile byte by byte rather than word by word.
+    """
+    b = (b_words >> (8 * j)) & 0xFF
+    return tl.where(b == 0x7F, float("nan"), (b << 20).to(tl.float32, bitcast=True) * 2.0**120)
+
+
+@triton.jit
+def _bits(b_x):
+    """Of |x|: in the order of the values, NaN above all."""
+    return b_x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _measure_rows(x, peaks, i_first, n_step, stride_x, N, D, BT: tl.constexpr, BD: tl.constexpr):
+    """peaks [2]: bits of the largest value and of the largest sum of squares of a row, of tiles i_first, i_first + n_step, …"""
+    o_d = tl.arange(0, BD)
+    b_largest = tl.zeros([BT, BD], dtype=tl.int32)                                                      # [BT, BD]
+    b_rows = tl.zeros([BT], dtype=tl.int32)                                                             # [BT]
+    for i_t in range(i_first, tl.cdiv(N, BT), n_step):
+        o_t = i_t * BT + tl.arange(0, BT).to(tl.int64)
+        b_squares = tl.zeros([BT, BD], dtype=tl.float32)                                                # [BT, BD]
+        for i_d in range(0, D, BD):
+            m = (o_t < N)[:, None] & (i_d + o_d < D)[None, :]
+            b_x = tl.load(x + o_t[:, None] * stride_x + (i_d + o_d)[None, :], mask=m, other=0.0).to(tl.float32)
+            b_largest = tl.maximum(b_largest, _bits(b_x))
+            b_squares += b_x * b_x
+        b_rows = tl.maximum(b_rows, _bits(tl.sum(b_squares, 1)))
+    tl.atomic_max(peaks, tl.max(tl.max(b_largest, 1), 0), sem="relaxed")
+    tl.atomic_max(peaks + 1, tl.max(b_rows, 0), sem="relaxed")
+
+
+@triton.jit
+def _norm_of(peaks, D):
+    """The largest row norm; squares of tiny values are zero, so for those by the largest value."""
+    b_largest = tl.load(peaks).to(tl.float32, bitcast=True)
+    b_norm = tl.sqrt_rn(tl.load(peaks + 1).to(tl.float32, bitcast=True))
+    return tl.where(b_largest < 1e-15, b_largest * tl.sqrt_rn(D.to(tl.float32)), b_norm)
+
+
+@triton.jit
+def _measure_kernel(x, peaks, stride_x, N, D, BT: tl.constexpr, BD: tl.constexpr):
+    _measure_rows(x, peaks, tl.program_id(0), tl.num_programs(0), stride_x, N, D, BT, BD)
+
+
+@triton.jit
+def _quantize_tile(
+    x, values, turned, scale, stride_x, stride_values, stride_turned, i_t, i_d, W, D, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """4 BT rows and BD columns of a matrix of W rows of words; turned and its stride as words, too.
+
+    Masks by words, whose number the compiler knows to be round where it is: it stores four at once.
+    """
+    o_w, o_d = i_t * BT + tl.arange(0, BT), i_d * BD + tl.arange(0, BD)
+    m_w, m_d = o_w < W, o_d < D
+    m = m_w[:, None] & m_d[None, :]
+    b_words = tl.zeros([BT, BD], dtype=tl.int32)                                                        # [BT, BD]
+    for j in tl.static_range(4):
+        o_t = 4 * o_w + j
+        b_x = tl.load(x + o_t[:, None] * stride_x + o_d[None, :], mask=m, other=0.0).to(tl.float32)     # [BT, BD]
+        b_q = _encode(b_x, scale, values.dtype.element_ty)                                              # [BT, BD]
+        tl.store(values + o_t[:, None] * stride_values + o_d[None, :], b_q, mask=m)
+        b_words |= _byte(b_q, j)
+    if turned is not None:
+        p_turned = turned + o_d[:, None].to(tl.int64) * stride_turned + o_w[None, :]
+        tl.store(p_turned, tl.trans(b_words), mask=m_w[None, :] & m_d[:, None])
+
+
+@triton.jit
+def _quantize_kernel(
+    x, values, turned, facts, peaks, stride_x, stride_values, stride_turned, W, D, width,
+    UNIT: tl.constexpr, NORM: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """facts [2] as well: from what was measured of rows of `width` values, or as given."""
+    n_d = tl.cdiv(D, BD)
+    i_t, i_d = tl.program_id(0).to(tl.int64) // n_d, tl.program_id(0) % n_d
+    if peaks is not None:
+        unit, norm = _unit_of(tl.load(peaks), TOP), _norm_of(peaks, width)
+    else:
+        unit, norm = tl.full([], UNIT, tl.float32), tl.full([], NORM, tl.float32)
+    _quantize_tile(x, values, turned, 1.0 / unit, stride_x, stride_values, stride_turned, i_t, i_d, W, D, BT, BD)
+    if (tl.program_id(0) == 0) & (facts is not None):
+        tl.store(facts, unit)
+        tl.store(facts + 1, norm)
+
+
+@triton.jit
+def _relu2_kernel(
+    z, values, turned, facts, x_facts, up_facts, W, F,
+    TOP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+):
+    """a = relu(z)² [N, F], z as a product leaves it. facts [2]: the unit of a, and the bound of z."""
+    n_f = tl.cdiv(F, BF)
+    i_t, i_f = tl.program_id(0).to(tl.int64) // n_f, tl.program_id(0) % n_f
+    bound = tl.load(x_facts + 1) * tl.load(up_facts + 1)
+    unit = _unit_of(_bits(bound * bound), TOP)
+    scale = 1.0 / unit
+    o_w, o_f = i_t * BT + tl.arange(0, BT), i_f * BF + tl.arange(0, BF)
+    m_w, m_f = o_w < W, o_f < F
+    m = m_w[:, None] & m_f[None, :]
+    b_words = tl.zeros([BT, BF], dtype=tl.int32)                                                        # [BT, BF]
+    for j in tl.static_range(4):
+        o = (4 * o_w + j)[:, None] * F + o_f[None, :]
+        b_a = relu2(tl.load(z + o, mask=m, other=0.0).to(tl.float32))                                   # [BT, BF]
+        b_q = _encode(b_a, scale, values.dtype.element_ty)                                              # [BT, BF]
+        tl.store(values + o, b_q, mask=m)
+        b_words |= _byte(b_q, j)
+    if turned is not None:
+        p_turned = turned + o_f[:, None].to(tl.int64) * W + o_w[None, :]
+        tl.store(p_turned, tl.trans(b_words), mask=m_w[None, :] & m_f[:, None])
+    if tl.program_id(0) == 0:
+        tl.store(facts, unit)
+        tl.store(facts + 1, bound)
+
+
+@triton.jit
+def _relu2_grad_kernel(
+    dh, a_turned, values, turned, facts, a_facts, dy_facts, down_facts, W, F, D,
+    TOP: tl.constexpr, DOWN_TOP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+):
+    """dz = 2 √a dh [N, F], from the transpose of a in words. facts [2]: the unit of dz, and its bound."""
+    n_f = tl.cdiv(F, BF)
+    i_t, i_f = tl.program_id(0).to(tl.int64) // n_f, tl.program_id(0) % n_f
+    down = tl.load(down_facts) * (2.0 * DOWN_TOP)
+    bound = 2.0 * tl.load(a_facts + 1) * (tl.load(dy_facts + 1) * tl.sqrt_rn(D.to(tl.float32))) * down
+    unit = _unit_of(_bits(bound), TOP)
+    scale, a_unit = 1.0 / unit, tl.load(a_facts)
+    o_w, o_f = i_t * BT + tl.arange(0, BT), i_f * BF + tl.arange(0, BF)
+    m_w, m_f = o_w < W, o_f < F
+    m, m_turned = m_w[:, None] & m_f[None, :], m_w[None, :] & m_f[:, None]
+    o_turned = o_f[:, None].to(tl.int64) * W + o_w[None, :]
+    b_a = tl.trans(tl.load(a_turned + o_turned, mask=m_turned, other=0))                                     # [BT, BF]
+    b_words = tl.zeros([BT, BF], dtype=tl.int32)                                                        # [BT, BF]
+    for j in tl.static_range(4):
+        o = (4 * o_w + j)[:, None] * F + o_f[None, :]
+        b_dh = tl.load(dh + o, mask=m, other=0.0).to(tl.float32)                                        # [BT, BF]
+        b_dz = relu2_grad(b_dh, _of_byte(b_a, j) * a_unit)                                              # [BT, BF]
+        b_q = _encode(b_dz, scale, values.dtype.element_ty)                                             # [BT, BF]
+        tl.store(values + o, b_q, mask=m)
+        b_words |= _byte(b_q, j)
+    if turned is not None:
+        tl.store(turned + o_turned, tl.trans(b_words), mask=m_turned)
+    if tl.program_id(0) == 0:
+        tl.store(facts, unit)
+        tl.store(facts + 1, bound)
+
+
+@triton.jit
+def _row_of(table, n, COLUMN: tl.constexpr, BN: tl.constexpr):
+    """The row of the weight that this program works on, by the column that says which program is each weight's first."""
+    o_n = tl.arange(0, BN)
+    b_first = tl.load(table + o_n * 11 + COLUMN, mask=o_n < n, other=2**62)                             # [BN]
+    return table + (tl.sum((b_first <= tl.program_id(0)).to(tl.int32), 0) - 1) * 11
+
+
+@triton.jit
+def _measure_weights_kernel(table, x, peaks, n, BN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """x and peaks give their types only."""
+    row = _row_of(table, n, 9, BN)
+    x, peaks = tl.load(row).to(x.dtype), tl.load(row + 3).to(peaks.dtype)
+    N, D = tl.load(row + 5), tl.multiple_of(tl.load(row + 6), 16)
+    i = tl.program_id(0) - tl.load(row + 9)
+    _measure_rows(tl.multiple_of(x, 16), peaks, i, N, D, N, D, BT, BD)  # one tile: the step leads past the end
+
+
+@triton.jit
+def _quantize_weights_kernel(
+    table, x, values, turned, peaks, facts, n, TOP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+):
+    """x, values, turned, peaks and facts give their types only."""
+    row = _row_of(table, n, 10, BN)
+    x, peaks, facts = tl.load(row).to(x.dtype), tl.load(row + 3).to(peaks.dtype), tl.load(row + 4).to(facts.dtype)
+    values, turned = tl.load(row + 1).to(values.dtype), tl.load(row + 2).to(turned.dtype)
+    x, values, turned = tl.multiple_of(x, 16), tl.multiple_of(values, 16), tl.multiple_of(turned, 16)
+    W, stride_turned = tl.multiple_of(tl.load(row + 7), 4), tl.multiple_of(tl.load(row + 8), 4)
+    D = tl.multiple_of(tl.load(row + 6), 16)
+    i = tl.program_id(0) - tl.load(row + 10)
+    i_t, i_d = i // tl.cdiv(D, BD), i % tl.cdiv(D, BD)
+    unit, norm = _unit_of(tl.load(peaks), TOP), _norm_of(peaks, D)
+    _quantize_tile(x, values, turned, 1.0 / unit, D, D, stride_turned, i_t, i_d, W, D, BT, BD)
+    if i == 0:  # matrices of a group write the same
+        tl.store(facts, unit)
+        tl.store(facts + 1, norm)
+
+
+def _words(turned: Tensor | None) -> Tensor | None:
+    return None if turned is None else turned.view(torch.int32)
+
+
+def _empty_fp8(N: int, D: int, dtype: torch.dtype, device: torch.device, turned: bool) -> Fp8:
+    values = torch.empty((N, D), dtype=dtype, device=device)
+    across = torch.empty((D, N), dtype=dtype, device=device) if turned else None
+    return Fp8(values, across, torch.empty(2, dtype=torch.float32, device=device))
+
+
+def _measure_tile(D: int) -> tuple[int, int]:
+    """Rows and columns at a time."""
+    BD = min(next_power_of_two(D), 2048)
+    return max(1, MEASURE_VALUES // BD), BD
+
+
+def quantize(
+    parts: Sequence[Tensor], dtype: torch.dtype, row_norm: float | None = None, turned: bool = True
+) -> Fp8:
+    """Matrices [N, D] side by side, in a unit that they share; row_norm as in kernels_torch.fp8, for one alone."""
+    parts = [values_side_by_side(part) for part in parts]
+    N, widths, device = parts[0].shape[0], [part.shape[1] for part in parts], parts[0].device
+    q = _empty_fp8(N, sum(widths), dtype, device, turned)
+    peaks = None if row_norm is not None else torch.zeros(2, dtype=torch.int32, device=device)
+    if N == 0:
+        q.facts.zero_()
+        return q
+    if peaks is not None:
+        for part, D in zip(parts, widths):
+            BT, BD = _measure_tile(D)
+            programs = min(ceil_div(N, BT), STAY * n_processors(device))
+            launch(
+                _measure_kernel, (programs,), x=part, peaks=peaks, stride_x=part.stride(0), N=N, D=D, BT=BT, BD=BD,
+                num_warps=MEASURE,
+            )
+    norm = None if row_norm is None else float(row_norm)
+    unit = None if row_norm is None else 2.0 ** (math.frexp(norm)[1] - 1 - TOP[dtype])
+    first = 0
+    for part, D in zip(parts, widths):
+        values, across = q.values[:, first:], _words(None if q.turned is None else q.turned[first:])
+        grid = (ceil_div(N, 4 * PASS.BT) * ceil_div(D, PASS.BD),)
+        launch(
+            _quantize_kernel, grid, x=part, values=values, turned=across, facts=q.facts if first == 0 else None,
+            peaks=peaks, stride_x=part.stride(0), stride_values=sum(widths), stride_turned=N // 4, W=N // 4, D=D,
+            width=sum(widths), UNIT=unit, NORM=norm, TOP=TOP[dtype], BT=PASS.BT, BD=PASS.BD, num_warps=PASS.warps,
+        )
+        first += D
+    return q
+
+
+def _relu2(z: Tensor, x_facts: Tensor, up_facts: Tensor, turned: bool) -> Fp8:
+    """z [N, F], contiguous → relu(z)² in e4m3."""
+    N, F = z.shape
+    q = _empty_fp8(N, F, E4M3, z.device, turned)
+    if N > 0:
+        launch(
+            _relu2_kernel, (ceil_div(N, 4 * PASS.BT) * ceil_div(F, PASS.BD),), z=z, values=q.values,
+            turned=_words(q.turned), facts=q.facts, x_facts=x_facts, up_facts=up_facts, W=N // 4, F=F, TOP=TOP[E4M3],
+            BT=PASS.BT, BF=PASS.BD, num_warps=PASS.warps,
+        )
+    return q
+
+
+def _relu2_grad(dh: Tensor, a_turned: Tensor, a_facts: Tensor, dy_facts: Tensor, down_facts: Tensor, D: int, turned: bool) -> Fp8:
+    """dh [N, F], contiguous → dz in e5m2."""
+    N, F = dh.shape
+    q = _empty_fp8(N, F, E5M2, dh.device, turned)
+    if N > 0:
+        launch(
+            _relu2_grad_kernel, (ceil_div(N, 4 * PASS.BT) * ceil_div(F, PASS.BD),), dh=dh, a_turned=_words(a_turned),
+            values=q.values, turned=_words(q.turned), facts=q.facts, a_facts=a_facts, dy_facts=dy_facts,
+            down_facts=down_facts, W=N // 4, F=F, D=D, TOP=TOP[E5M2], DOWN_TOP=2.0 ** TOP[E4M3], BT=PASS.BT, BF=PASS.BD,
+            num_warps=PASS.warps,
+        )
+    return q
+
+
+def fp8_weights(sources: Sequence[Sequence[Tensor]], weights: Sequence[Fp8]) -> None:
+    """kernels_torch.fp8.fp8_weights in two launches, for matrices of one dtype."""
+    device, rows, measuring, rounding = weights[0].values.device, [], 0, 0
+    peaks = [weight.facts[2:].view(torch.int32) for weight in weights]
+    torch._foreach_zero_(peaks)
+    widest = max(weight.values.shape[1] for weight in weights)
+    BT, BD = _measure_tile(widest)
+    for i, (matrices, weight) in enumerate(zip(sources, weights, strict=True)):
+        first = 0
+        for matrix in matrices:
+            (N, D), total = matrix.shape, len(weight.values)
+            rows.append((
+                matrix.data_ptr(), weight.values.data_ptr() + first * D, weight.turned.data_ptr() + first,
+                peaks[i].data_ptr(), weight.facts.data_ptr(), N, D, N // 4, total // 4, measuring, rounding,
+            ))  # fmt: skip
+            first += N
+            measuring += ceil_div(N, BT)
+            rounding += ceil_div(N, 4 * PASS.BT) * ceil_div(D, PASS.BD)
+    one, first = sources[0][0], weights[0]
+    table, BN = table_of(rows, device), next_power_of_two(len(rows))
+    launch(
+        _measure_weights_kernel, (measuring,), table=table, x=one, peaks=peaks[0], n=len(rows), BN=BN, BT=BT, BD=BD,
+        num_warps=MEASURE,
+    )
+    launch(
+        _quantize_weights_kernel, (rounding,), table=table, x=one, values=first.values, turned=_words(first.turned),
+        peaks=peaks[0], facts=first.facts, n=len(rows), TOP=TOP[E4M3], BN=BN, BT=PASS.BT, BD=PASS.BD, num_warps=PASS.warps,
+    )
+
+
+class _Linear(torch.autograd.Function):
+    """Keeps the transpose of x in 8 bits."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, row_norm: float | None, n_first: int, w: Tensor, w_turned: Tensor, w_facts: Tensor,
+        *masters: Tensor,
+    ) -> tuple[Tensor, ...]:
+        q = quantize([as_rows(x)], E4M3, row_norm, turned=any(ctx.needs_input_grad[6:]))
+        ctx.save_for_backward(q.turned, q.facts, w_turned, w_facts)
+        ctx.sizes = [len(master) for master in masters]
+        ys = [product(q.values, part, q.facts, w_facts, x.dtype, fast=True) for part in w.split(ctx.sizes)]
+        return x[..., :n_first].contiguous(), *(y.view(*x.shape[:-1], y.shape[1]) for y in ys)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: FunctionCtx, d_first: Tensor, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        x_turned, x_facts, w_turned, w_facts = ctx.saved_tensors
+        needs_dw = any(ctx.needs_input_grad[6:])
+        d = quantize([as_rows(dy) for dy in dys], E5M2, turned=needs_dw)
+        dx, dws = None, [None] * len(dys)
+        if ctx.needs_input_grad[0]:
+            dx = product(d.values, w_turned, d.facts, w_facts, dys[0].dtype, fast=False)
+            dx = dx.view(*dys[0].shape[:-1], dx.shape[1])
+            if d_first.shape[-1] > 0:
+                dx[..., : d_first.shape[-1]] += d_first
+        if needs_dw:
+            dws = product(d.turned, x_turned, d.facts, x_facts, torch.float32, fast=False).split(ctx.sizes)
+        return dx, None, None, None, None, None, *dws
+
+
+class _Relu2MLP(torch.autograd.Function):
+    """Keeps the transposes of x and of relu² in 8 bits."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx, x: Tensor, row_norm: float | None, up: Tensor, up_turned: Tensor, up_facts: Tensor,
+        down: Tensor, down_turned: Tensor, down_facts: Tensor, w_up: Tensor, w_down: Tensor,
+    ) -> Tensor:
+        q = quantize([as_rows(x)], E4M3, row_norm)
+        z = product(q.values, up, q.facts, up_facts, x.dtype, fast=True)
+        a = _relu2(z, q.facts, up_facts, turned=any(ctx.needs_input_grad))
+        ctx.save_for_backward(q.turned, q.facts, a.turned, a.facts, up_turned, up_facts, down_turned, down_facts)
+        return product(a.values, down, a.facts, down_facts, x.dtype, fast=True).view(x.shape)
+
+    @staticmethod
+    @differentiable_once
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x_turned, x_facts, a_turned, a_facts, up_turned, up_facts, down_turned, down_facts = ctx.saved_tensors
+        needs_x, needs_up, needs_down = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]
+        d = quantize([as_rows(dy)], E5M2, turned=needs_down)
+        dx = dw_up = dw_down = None
+        if needs_x or needs_up:
+            dh = product(d.values, down_turned, d.facts, down_facts, dy.dtype, fast=False)
+            g = _relu2_grad(dh, a_turned, a_facts, d.facts, down_facts, dy.shape[-1], turned=needs_up)
+            del dh
+            if needs_x:
+                dx = product(g.values, up_turned, g.facts, up_facts, dy.dtype, fast=False).view(dy.shape)
+            if needs_up:
+                dw_up = product(g.turned, x_turned, g.facts, x_facts, torch.float32, fast=False)
+        if needs_down:
+            dw_down = product(d.turned, a_turned, d.facts, a_facts, torch.float32, fast=False)
+        return dx, *[None] * 7, dw_up, dw_down
+
+
+def fp8_linear(
+    x: Tensor, masters: Sequence[Tensor], weight: Fp8, *, row_norm: float | None = None, n_first: int = 0
+) -> tuple[Tensor, ...]:
+    """kernels_torch.fp8.fp8_linear. Arguments: see there."""
+    check_linear(x, masters, weight)
+    check_gpu(x=x)
+    return _Linear.apply(x, row_norm, n_first, *weight, *masters)
+
+
+def fp8_relu2_mlp(
+    x: Tensor, w_up: Tensor, w_down: Tensor, up: Fp8, down: Fp8, *, row_norm: float | None = None
+) -> Tensor:
+    """kernels_torch.fp8.fp8_relu2_mlp. Arguments: see there."""
+    check_linear(x, (w_up,), up)
+    check_linear(x.new_empty(0, w_down.shape[1]), (w_down,), down)
+    check_gpu(x=x)
+    return _Relu2MLP.apply(x, row_norm, *up, *down, w_up, w_down)
