@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from kernels_torch.quantised_weight import CODES, dequantise
 from model.ops import Ops
 
 
@@ -27,15 +28,23 @@ class _Copy(torch.autograd.Function):
 
 
 class Master(nn.Module):
-    """A module with one fp32 weight, and perhaps a copy of it in the dtype that the model computes in."""
+    """A module with one fp32 weight, and perhaps a copy of it in the dtype that the model computes in.
+
+    A model that only reads may have codes instead (kernels_torch/quantised_weight.py): then the weight is nothing but a
+    shape.
+    """
 
     def __init__(self, n_rows: int, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(n_rows, width, dtype=torch.float32))
         self.register_buffer("copy", None, persistent=False)  # follows from the weight: not in checkpoints
+        for name in ("codes", "scales"):
+            self.register_buffer(name, None, persistent=False)
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
-        """The weight in `dtype`: the copy where there is one in it, else cast here and now."""
+        """The weight in `dtype`: the copy where there is one in it, else cast, or made of the codes, here and now."""
+        if self.codes is not None:
+            return dequantise(self.codes, self.scales, self.weight.shape[1], dtype)
         if self.copy is None or self.copy.dtype != dtype:
             return self.weight.to(dtype)
         return _Copy.apply(self.weight, self.copy) if torch.is_grad_enabled() else self.copy
@@ -44,8 +53,18 @@ class Master(nn.Module):
         """From now on have a copy; whoever changes the weight must change it, too."""
         self.copy = self.weight.detach().to(dtype)
 
+    def take_codes(self, codes: Tensor, scales: Tensor) -> None:
+        """Have codes in the place of the weight, which is given up."""
+        self.codes, self.scales, self.copy = codes, scales, None
+        self.weight = nn.Parameter(self.weight.detach().to("meta"), requires_grad=False)
+
+    def operands(self, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """What `linear_decode` takes: the weight in `dtype` and None, or codes and scales."""
+        return (self.weight_in(dtype), None) if self.codes is None else (self.codes, self.scales)
+
     def extra_repr(self) -> str:
-        return f"{self.weight.shape[0]} × {self.weight.shape[1]}"
+        form = "" if self.codes is None else f", {CODES[self.codes.dtype]}"
+        return f"{self.weight.shape[0]} × {self.weight.shape[1]}{form}"
 
 
 class Linear(Master):
