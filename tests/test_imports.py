@@ -18,7 +18,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels_torch": set(),
     "kernels_triton": {"kernels_torch"},  # what the specification refuses, and nothing else
     "kernels_triton_hopper": {"kernels_triton"},
-    "model": set(),
+    "model": {"kernels_torch"},  # what the codes of a weight stand for; ops are handed to it
     "data": set(),
     "optim": set(),
     "evals": set(),
