@@ -78,6 +78,9 @@ def candidates(op: str, device: torch.device, tune: bool) -> dict[str, Callable]
     if device.type == "cuda" and op in import_module("kernels_triton").__all__:
         found["triton"] = ours = find_op(load_backend("triton", device), op)
         prove(op, ours, device)
+        portable = load_backend("triton_portable", device)
+        if op in portable.__all__ and import_module("kernels_triton.launch").is_hopper(device):
+            found["triton portable"] = find_op(portable, op)
         if tune and op in TILES:
             found |= {name: with_launch(ours, changes) for name, changes in TILES[op]().items()}
     return found
@@ -221,7 +224,7 @@ def checked(case: Case, functions: dict[str, Callable], inputs: Shape, dtype: to
     judged_upstream = tuple(part_of(case, inputs, {"output": up})["output"] for up in upstream)
     exact, plain = exact_and_plain(case.op, case.cast(judged, dtype), judged_upstream)
     for name, function in functions.items():
-        ours = name in ("torch", "triton")
+        ours = name in ("torch", "triton", "triton portable")
         try:
             with launched(function):
                 run = Candidate(case, function, case.cast(inputs, dtype), upstream)

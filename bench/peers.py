@@ -93,9 +93,18 @@ def sdpa(backend: str) -> Callable:
     """PyTorch's fused attention by one of its kernels alone: what that does not know fails."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, doc_ids: Tensor | None) -> Tensor:
-        if window is not None or doc_ids is not None or q.shape[1] != k.shape[1]:
-            raise ValueError("causal attention of whole rows only")
+    def attention(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        causal: bool,
+        window: int | None,
+        doc_ids: Tensor | None,
+        softcap: float | None,
+    ) -> Tensor:
+        if not (causal and window is doc_ids is softcap is None and q.shape[1] == k.shape[1]):
+            raise ValueError("causal attention of whole rows without a soft-cap only")
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(getattr(SDPBackend, backend)):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
@@ -104,10 +113,19 @@ def sdpa(backend: str) -> Callable:
     return attention
 
 
-def flex_attention(q: Tensor, k: Tensor, v: Tensor, *, window: int | None, doc_ids: Tensor | None) -> Tensor:
+def flex_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    window: int | None,
+    doc_ids: Tensor | None,
+    softcap: float | None,
+) -> Tensor:
     """The mask is made once for each length and window: it is not what is timed."""
-    if doc_ids is not None or q.shape[1] != k.shape[1]:
-        raise ValueError("rows without documents only")
+    if not causal or doc_ids is not None or softcap is not None or q.shape[1] != k.shape[1]:
+        raise ValueError("causal rows without documents and without a soft-cap only")
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     mask = block_mask(q.shape[2], window, q.device)
     return compiled_flex()(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1]).transpose(1, 2)

@@ -32,6 +32,7 @@ COLOURS = {
     "cudnn": "#7fa650",
     "flash": "#5b8c85",
     "flex": "#e0a458",
+    "triton portable": "#e3a99b",
     "triton": "#c8553d",
 }
 

@@ -1,8 +1,11 @@
-"""Causal attention of whole rows: training, evaluation, prefill. Everything runs in PyTorch's fused attention (SDPA).
+"""Attention of whole rows: training, evaluation, prefill. PyTorch's fused attention (SDPA), but for the soft-cap.
 
 Plain causal rows use its causal form, which never makes a T × T matrix. A window, document boundaries, or fewer queries
 than keys need an explicit mask; SDPA's `is_causal` aligns top-left and would let a last query see only the first key.
+A soft-cap stands between the scores and the softmax, where SDPA has no place for it: there the scores are written out.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -16,44 +19,87 @@ def attention(
     k: Tensor,
     v: Tensor,
     *,
+    causal: bool = True,
     window: int | None = None,
     doc_ids: Tensor | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """out[t] = Σ_s softmax_s(scale · q[t]·k[s]) v[s] over the keys s that query t may see.
 
-    The queries are the last Tq of Tk positions (bottom-right alignment): query t sits at p = Tk − Tq + t and sees key s
-    when s ≤ p, p − s ≤ window, and both are of one document. Query head h reads key head h // (H / Hkv).
+    The last query is aligned with the last key (bottom-right): query t sits at p = Tk − Tq + t and sees key s when
+    causal, s ≤ p; p − s ≤ window; and both are of one document. A query that sees no key (Tq > Tk) gives zeros.
+    Query head h reads key head h // (H / Hkv).
 
     q         [B, Tq, H, D]
-    k, v      [B, Tk, Hkv, D], Tk ≥ Tq, H a multiple of Hkv, the dtype of q
-    window    how many earlier tokens each token sees, so window + 1 keys in all; None: all of them
+    k, v      [B, Tk, Hkv, D], H a multiple of Hkv, the dtype of q
+    causal    False: tokens see later ones, too, with a window |p − s| ≤ window
+    window    how many earlier tokens each token sees, so window + 1 keys in all, with causal=False as many later ones;
+              at least 1; None: all of them
     doc_ids   [B, T] integers, tokens see only tokens with the same id; needs Tq = Tk
     scale     None: D^−½
+    softcap   None, or the bound c of the scores: c · tanh(scale · q[t]·k[s] / c) takes their place
     → [B, Tq, H, D]
 
-    Raises ValueError for shapes that do not fit together and for a negative window.
-    Source: https://arxiv.org/abs/1706.03762; grouped heads https://arxiv.org/abs/2305.13245.
+    Raises ValueError for shapes that do not fit together, and for a window or a softcap that is not positive.
+    Source: https://arxiv.org/abs/1706.03762; grouped heads https://arxiv.org/abs/2305.13245; soft-cap
+    https://arxiv.org/abs/2408.00118.
     """
-    check_attention(q, k, v, window, doc_ids)
+    check_attention(q, k, v, window, doc_ids, softcap)
     Tq, Tk = q.shape[1], k.shape[1]
+    blind = blind_queries(Tq, Tk, causal, window)
+    if blind > 0:
+        seeing = attention(q[:, blind:], k, v, causal=causal, window=window, scale=scale, softcap=softcap)
+        return F.pad(seeing, (0, 0, 0, 0, blind, 0))
     if window is not None and window < Tk - Tq:  # the first keys are out of every query's sight
         k, v = k[:, Tk - Tq - window :], v[:, Tk - Tq - window :]
         Tk = k.shape[1]
-    if window is not None and window >= Tk - 1:
+    if window is not None and window >= max(Tq, Tk) - 1:
         window = None
-    if doc_ids is None and window is None and (Tq == Tk or Tq == 1):
-        return fused_attention(q, k, v, None, is_causal=Tq == Tk, scale=scale)
-    positions = torch.arange(Tk, device=q.device)
-    mask = visible(positions[Tk - Tq :, None], positions, window)  # [Tq, Tk]
-    if doc_ids is not None:
-        mask = (mask & (doc_ids[:, :, None] == doc_ids[:, None, :])).unsqueeze(1)  # [B, 1, Tq, Tk]
+    if causal and Tq == Tk and window is None and doc_ids is None and softcap is None:
+        return fused_attention(q, k, v, None, is_causal=True, scale=scale)
+    mask = mask_of(Tq, Tk, causal, window, doc_ids, q.device)
+    if softcap is not None:
+        return capped_attention(q, k, v, mask, scale=scale, softcap=softcap)
     return fused_attention(q, k, v, mask, is_causal=False, scale=scale)
 
 
-def visible(p: Tensor, s: Tensor, window: int | None) -> Tensor:
+def blind_queries(Tq: int, Tk: int, causal: bool, window: int | None) -> int:
+    """How many of the first queries come so long before the first key that they see none."""
+    reach = 0 if causal else Tq if window is None else window
+    return Tq if Tk == 0 else max(0, Tq - Tk - reach)
+
+
+def mask_of(
+    Tq: int, Tk: int, causal: bool, window: int | None, doc_ids: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """True where a query sees a key, [Tq, Tk] or with documents [B, 1, Tq, Tk]; None where all see all."""
+    if window is None and doc_ids is None and (not causal or Tq == 1):
+        return None
+    positions = torch.arange(min(0, Tk - Tq), Tk, device=device)
+    mask = visible(positions[len(positions) - Tq :, None], positions[len(positions) - Tk :], window, causal)
+    if doc_ids is None:
+        return mask
+    return (mask & (doc_ids[:, :, None] == doc_ids[:, None, :])).unsqueeze(1)
+
+
+def visible(p: Tensor, s: Tensor, window: int | None, causal: bool = True) -> Tensor:
     """Whether a query at position p sees the key at position s."""
-    return s <= p if window is None else (s <= p) & (p - s <= window)
+    near = torch.ones_like(p - s, dtype=torch.bool) if window is None else (p - s).abs() <= window
+    return near & (s <= p) if causal else near
+
+
+def capped_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, scale: float | None, softcap: float
+) -> Tensor:
+    """The scores written out, in fp32 (fp64 for fp64), for all heads at once."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    k, v = (x.to(dtype).repeat_interleave(q.shape[2] // k.shape[2], dim=2) for x in (k, v))
+    scale = max(q.shape[-1], 1) ** -0.5 if scale is None else scale
+    scores = softcap * torch.tanh(torch.einsum("bthd,bshd->bhts", q.to(dtype), k) * (scale / softcap))
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    return torch.einsum("bhts,bshd->bthd", torch.softmax(scores, dim=-1), v).to(q.dtype)
 
 
 def fused_attention(
@@ -80,13 +126,15 @@ def in_whole_words(x: Tensor) -> Tensor:
     return x.contiguous() if odd and x.is_cuda else x
 
 
-def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None) -> None:
+def check_attention(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, softcap: float | None = None
+) -> None:
     """Refuse what `attention` cannot mean."""
     check_heads(q, k, v)
     check_devices(q=q, doc_ids=doc_ids)
-    if q.shape[1] > k.shape[1]:
-        raise ValueError(f"there must be at least as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
     check_window(window)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"softcap must be positive and finite, got {softcap} (None: no cap)")
     if doc_ids is not None:
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"doc_ids need as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
@@ -97,11 +145,11 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids
 
 
 def check_window(window: int | None) -> None:
-    """How many earlier tokens are seen is counted."""
-    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 0):
+    """How many earlier tokens are seen is counted. 0 and −1 mean all of them elsewhere, so here they mean nothing."""
+    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
         raise ValueError(
-            f"window must be a whole number and not negative, got {window} (0: each token sees itself; "
-            "None: all before it)"
+            f"window must be a whole number and at least 1, got {window} (how many tokens before it each token sees; "
+            "None: all)"
         )
 
 

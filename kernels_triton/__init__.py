@@ -1,10 +1,11 @@
 """The operations of `kernels_torch` that have a Triton kernel, under the same names and signatures."""
 
+import torch
 import triton
 
 from kernels_triton.adamw import adamw_update
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
-from kernels_triton.attention import attention
+from kernels_triton.attention import attention, which_attention
 from kernels_triton.attention_decode import attention_decode, attention_decode_paged
 from kernels_triton.draw_tokens import draw_tokens
 from kernels_triton.embedding import embedding
@@ -21,6 +22,12 @@ from kernels_triton.softmax import softmax
 from kernels_triton.take_tokens import take_tokens
 from kernels_triton.top_k import top_k
 from kernels_triton.value_embedding import value_embedding
+
+
+def which_kernels(device: torch.device, dtype: torch.dtype) -> dict[str, str]:
+    """Of the ops that have kernels for some GPUs only: which run on this one in that dtype, in words."""
+    return {"attention": which_attention(device, dtype)}
+
 
 if triton.knobs.runtime.interpret:
     from kernels_triton import interpreter

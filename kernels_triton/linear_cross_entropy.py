@@ -36,6 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_torch.linear_cross_entropy import check_linear_cross_entropy
 from kernels_triton.autograd import differentiable_once
+from kernels_triton.primitives import tanh
 
 from kernels_triton.launch import (  # isort: skip
     Tile, ceil_div, check_gpu, is_hopper, launch, launch_with_descriptors, next_power_of_two,
@@ -71,20 +72,6 @@ class Product(NamedTuple):
 # 128 in 8 warps 437, 740; 128 × 64 486, 949. Two programs a processor, one of which multiplies while the other takes exp.
 # cuBLAS and `_softmax_kernel` take 514 and 804, cuBLAS alone 294 and 562. Without gradients 333 and 625.
 CAPPED_LOGITS = Product(BT=128, BV=128, BD=64, GROUP=32, warps=4, stages=3)
-
-
-@triton.jit
-def tanh(b_u, FAST: tl.constexpr):
-    """FAST: the hardware's, off by 2⁻¹¹ of the result: a quarter of what rounding u to bf16 may cost.
-
-    Else u less a continued fraction up to ½, where 1 − 2 / (exp(2u) + 1) would lose digits: right to the last bit of fp64.
-    """
-    if FAST:
-        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [b_u], dtype=tl.float32, is_pure=True, pack=1)
-    b_2, b_a = b_u * b_u, tl.abs(b_u)
-    b_less = (45045 + b_2 * (2772 + 27 * b_2)) / (135135 + b_2 * (62370 + b_2 * (3150 + 28 * b_2)))
-    b_large = 1 - 2 / (tl.exp(2 * b_a) + 1)
-    return tl.where(b_a < 0.5, b_u - b_u * b_2 * b_less, tl.where(b_u < 0, -b_large, b_large))
 
 
 @triton.jit

@@ -84,7 +84,7 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
     for op, backend in chosen.items():
         if is_triton(backend):
-            prove(op, ops[op], device, dtype)
+            prove(op, ops[op], device, dtype, remedy=remedy_for(op, backend, device))
     return Ops(**ops)
 
 
@@ -120,12 +120,15 @@ def chosen_backends(config: KernelConfig) -> dict[str, str]:
 
 
 def describe_ops(config: KernelConfig, device: torch.device | None = None, dtype: torch.dtype = torch.float32) -> str:
-    """What runs, for logs: "all torch", or "rmsnorm triton, others torch", and of two kernels for an op which one."""
+    """What runs, for logs: "all torch", or "rmsnorm triton, others torch"; on a GPU also which of two kernels."""
     chosen = chosen_backends(config)
     words = list(chosen.values())
     usual = max(dict.fromkeys(words), key=words.count)
     others = [f"{op} {backend}" for op, backend in chosen.items() if backend != usual]
     text = ", ".join([*others, f"others {usual}"]) if others else f"all {usual}"
+    if device is not None and device.type == "cuda" and "triton" in words:
+        which = import_module("kernels_triton").which_kernels(device, dtype)
+        text += "".join(f"; {op} by {kernels}" for op, kernels in which.items() if chosen[op] == "triton")
     return f"{text} (triton interpreted)" if any(map(is_triton, words)) and is_interpreted() else text
 
 
@@ -184,14 +187,26 @@ def require_triton(device: torch.device) -> None:
         )
 
 
-def prove(op: str, function: Callable, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+PORTABLE = "triton_portable"  # the kernels for every GPU, of ops that have others for Hopper
+
+
+def remedy_for(op: str, backend: str, device: torch.device) -> str:
+    """What may run where a Triton kernel does not: before plain PyTorch, the kernel for every GPU."""
+    if backend == PORTABLE or device.type != "cuda" or torch.cuda.get_device_capability(device)[0] != 9:
+        return "torch"
+    return PORTABLE if op in import_module(f"kernels_{PORTABLE}").__all__ else "torch"
+
+
+def prove(
+    op: str, function: Callable, device: torch.device, dtype: torch.dtype = torch.float32, remedy: str = "torch"
+) -> None:
     """Run the op once, forward and backward, on its smallest case and compare with the reference.
 
     This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
     precision test: those are in tests/kernels.
     """
     case = import_module("kernels_torch.cases").CASES[op]
-    remedy = f"take kernels.{FORMS.get(op, op)}=torch"
+    remedy = f"take kernels.{FORMS.get(op, op)}={remedy}"
     for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

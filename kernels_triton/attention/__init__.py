@@ -1,4 +1,4 @@
-"""Causal attention of whole rows, without a matrix of scores in memory.
+"""Attention of whole rows, without a matrix of scores in memory.
 
     s = scale · q kᵀ where the query sees the key,   lse = log Σ exp(s),   p = exp(s − lse),   out = p v
 
@@ -6,14 +6,19 @@ Backward, with the gradient do of out:
 
     δ = Σ_d do · out,   dv = pᵀ do,   ds = p ∘ (do vᵀ − δ),   dq = scale · ds k,   dk = scale · dsᵀ q
 
+With a soft-cap c, c · tanh(s / c) takes the place of s, and ds is multiplied by 1 − tanh².
+
     forward.py      out and lse, a program for each tile of queries
     backward.py     δ; dq, a program for each tile of queries; dk and dv, a program for each tile of keys
-    hopper/         both for Hopper GPUs, in Gluon: kernels.attention=triton_hopper
+    hopper/         both for Hopper GPUs, in Gluon: half precision, causal, no soft-cap, heads of 8, 16 … 128
     primitives.py   tiles and who sees whom in them
     tiles.py        how large they are
 
 Forward saves its inputs, out and lse [B, H, T] in fp32 (fp64 for fp64), from which backward makes p again: memory grows
 with T and not with its square. Sums are fp32 and products of fp32 are real ones, without TF32.
+
+Which kernels run is decided by the GPU and the kind of inputs alone. `kernels.attention=triton_portable` takes those for every
+GPU on Hopper, too; nothing else does, not even a failure of the others.
 
 Each tile of keys (of queries, for dk and dv) is of one of three kinds. Those that nobody sees, beyond the diagonal, the
 window or the documents, are not read. Those in which some pairs are hidden, at the edges, are masked. All others go
@@ -28,10 +33,11 @@ Heads may be up to 256 wide, and are padded in registers to a power of two: a wi
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from kernels_torch.attention import check_attention
+from kernels_torch.attention import blind_queries, check_attention
 from kernels_triton.attention.backward import _attention_bwd
 from kernels_triton.attention.forward import _attention_fwd
 from kernels_triton.attention.tiles import WIDEST_HEAD
@@ -55,56 +61,80 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, scale: float,
-        on_hopper: bool,
+        causal: bool, softcap: float | None, on_hopper: bool,
     ) -> Tensor:
         q, k, v = heads_side_by_side(q), heads_side_by_side(k), heads_side_by_side(v)
-        forward = _hopper_fwd if on_hopper else _attention_fwd
-        out, lse = forward(q, k, v, window, doc_ids, scale)
+        if on_hopper:
+            out, lse = _hopper_fwd(q, k, v, window, doc_ids, scale)
+        else:
+            out, lse = _attention_fwd(q, k, v, window, doc_ids, scale, causal, softcap)
         ctx.save_for_backward(q, k, v, out, lse, doc_ids)
-        ctx.window, ctx.scale, ctx.on_hopper = window, scale, on_hopper
+        ctx.window, ctx.scale, ctx.causal, ctx.softcap, ctx.on_hopper = window, scale, causal, softcap, on_hopper
         return out
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, doc_ids = ctx.saved_tensors
-        dout = heads_side_by_side(dout)
-        backward = _hopper_bwd if ctx.on_hopper else _attention_bwd
-        grads = backward(q, k, v, out, lse, dout, ctx.window, doc_ids, ctx.scale, *ctx.needs_input_grad[:3])
-        return *grads, None, None, None, None
+        given = (q, k, v, out, lse, heads_side_by_side(dout), ctx.window, doc_ids, ctx.scale, *ctx.needs_input_grad[:3])
+        grads = _hopper_bwd(*given) if ctx.on_hopper else _attention_bwd(*given, ctx.causal, ctx.softcap)
+        return *grads, None, None, None, None, None, None
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, doc_ids: Tensor | None = None, scale: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, doc_ids: Tensor | None = None,
+    scale: float | None = None, softcap: float | None = None,
 ) -> Tensor:
-    """kernels_torch.attention, tile by tile, by the kernels for every GPU from Ampere on."""
-    check_attention(q, k, v, window, doc_ids)
+    """kernels_torch.attention, tile by tile: by the kernels for Hopper GPUs where they know how, else by those for every GPU."""
+    check(q, k, v, window, doc_ids, softcap)
+    return attend(q, k, v, causal, window, doc_ids, scale, softcap, takes_hopper(q, causal, softcap))
+
+
+def attention_portable(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = True, window: int | None = None, doc_ids: Tensor | None = None,
+    scale: float | None = None, softcap: float | None = None,
+) -> Tensor:
+    """kernels_torch.attention by the kernels for every GPU from Ampere on, on Hopper too."""
+    check(q, k, v, window, doc_ids, softcap)
+    return attend(q, k, v, causal, window, doc_ids, scale, softcap, False)
+
+
+def check(
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, softcap: float | None
+) -> None:
+    check_attention(q, k, v, window, doc_ids, softcap)
     if q.shape[-1] > WIDEST_HEAD:
         raise ValueError(f"heads may be at most {WIDEST_HEAD} wide, got {q.shape[-1]}")
-    return attend(q, k, v, window, doc_ids, scale, False)
 
 
-def attention_hopper(
-    q: Tensor, k: Tensor, v: Tensor, *, window: int | None = None, doc_ids: Tensor | None = None, scale: float | None = None
-) -> Tensor:
-    """kernels_torch.attention by the kernels for Hopper GPUs: heads of up to 128 values, a multiple of 8, in half precision."""
-    check_attention(q, k, v, window, doc_ids)
+def takes_hopper(q: Tensor, causal: bool, softcap: float | None) -> bool:
+    """Whether the kernels for Hopper GPUs do it: the same for the same kind of inputs, on one GPU."""
+    if INTERPRETED or not is_hopper(q.device):
+        return False
     if supports is None:
-        raise ValueError(f"attention_hopper needs another Triton, {NO_GLUON}: take kernels.attention=triton")
-    if INTERPRETED or not is_hopper(q.device) or not supports(q, window, doc_ids):
-        raise ValueError(
-            "attention_hopper needs a Hopper GPU, bfloat16 or float16 and heads of 8, 16 … 128 values, got "
-            f"{q.dtype} and heads of {q.shape[-1]} on {q.device}: take kernels.attention=triton"
-        )
-    return attend(q, k, v, window, doc_ids, scale, True)
+        raise ValueError(f"attention on a Hopper GPU needs another Triton ({NO_GLUON}): take kernels.attention=triton_portable")
+    return causal and softcap is None and supports(q)
+
+
+def which_attention(device: torch.device, dtype: torch.dtype) -> str:
+    """The rule of `takes_hopper` for people: it is printed when a run starts."""
+    if takes_hopper(torch.empty((1, 1, 1, 64), dtype=dtype, device=device), True, None):
+        return "its kernels for Hopper (heads of 8, 16 … 128, causal, no soft-cap; for the rest those for every GPU)"
+    return "its kernels for every GPU"
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, scale: float | None, on_hopper: bool
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, doc_ids: Tensor | None, scale: float | None,
+    softcap: float | None, on_hopper: bool,
 ) -> Tensor:
-    if window is not None and window >= k.shape[1] - 1:
+    blind = blind_queries(q.shape[1], k.shape[1], causal, window)
+    if blind > 0:
+        seeing = attend(q[:, blind:], k, v, causal, window, None, scale, softcap, on_hopper)
+        return F.pad(seeing, (0, 0, 0, 0, blind, 0))
+    if window is not None and window >= max(q.shape[1], k.shape[1]) - 1:
         window = None
     scale = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     if scale < 0:  # the kernels know no negative one
         q, scale = -q, -scale
-    return _Attention.apply(q, k, v, window, doc_ids, scale, on_hopper)
+    softcap = softcap if softcap is None else float(softcap)
+    return _Attention.apply(q, k, v, window, doc_ids, scale, causal, softcap, on_hopper)

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels_triton.attention.primitives import (  # isort: skip
-    add_product, edge, keys_of, load_ids, load_rows, place, store_rows, visible,
+    add_product, capped, edge, keys_of, load_ids, load_rows, place, store_rows, visible,
 )
 from kernels_triton.attention.tiles import LSE, document_bounds, heads_in_l2, padded, tile_for
 from kernels_triton.launch import ceil_div, launch
@@ -19,16 +19,17 @@ from kernels_triton.launch import ceil_div, launch
 @triton.jit
 def _forward_step(
     i_s, b_q, b_o, b_m, b_l, b_id, o_p, p_k, p_v, p_ids, stride_kt, stride_vt, stride_it, Tk, window,
-    D: tl.constexpr, scale: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, scale: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    MASKED: tl.constexpr,
 ):
     """The i_s-th tile of keys joins b_o [BT, BD], b_m [BT] and b_l [BT]."""
-    C: tl.constexpr = scale * 1.4426950408889634  # log₂ e: 2^x is an instruction, exp is not
+    C: tl.constexpr = (scale if SOFTCAP is None else SOFTCAP) * 1.4426950408889634  # log₂ e: 2^x is an instruction, exp is not
     s0 = i_s * BS
     s0_wide = s0.to(tl.int64)
     b_k = load_rows(p_k + s0_wide * stride_kt, stride_kt, Tk - s0, D, BS, BD, MASKED)                   # [BS, BD]
-    b_s = tl.dot(b_q, b_k.T, input_precision="ieee")                                                    # [BT, BS]
+    b_s = capped(tl.dot(b_q, b_k.T, input_precision="ieee"), scale, SOFTCAP, b_k.dtype == tl.bfloat16)  # [BT, BS]
     if MASKED:
-        m = visible(o_p[:, None], (s0 + tl.arange(0, BS))[None, :], window)                             # [BT, BS]
+        m = visible(o_p[:, None], (s0 + tl.arange(0, BS))[None, :], Tk, window, CAUSAL)                 # [BT, BS]
         if p_ids is not None:
             m &= b_id[:, None] == load_ids(p_ids + s0_wide * stride_it, stride_it, Tk - s0, BS)[None, :]
         b_s = tl.where(m, b_s * C, -float("inf"))                                                       # [BT, BS]
@@ -47,8 +48,8 @@ def _forward_step(
 def _attention_fwd_kernel(
     q, k, v, out, lse, doc_ids, bounds, stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh,
     stride_vb, stride_vt, stride_vh, stride_ib, stride_it, Tq, Tp, Tk, n_heads, n_together, window,
-    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, scale: tl.constexpr,
-    BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, scale: tl.constexpr, SOFTCAP: tl.constexpr,
+    CAUSAL: tl.constexpr, BT: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr,
 ):
     """The last queries have the most keys and so come first."""
     n_t = tl.cdiv(Tq, BT)
@@ -68,16 +69,16 @@ def _attention_fwd_kernel(
     b_o = tl.zeros([BT, BD], dtype=lse.dtype.element_ty)                                                # [BT, BD]
     b_m = tl.full([BT], -3e38, dtype=lse.dtype.element_ty)  # not -inf, so that no difference with it is NaN
     b_l = tl.zeros([BT], dtype=lse.dtype.element_ty)                                                    # [BT]
-    a, b, c, end = keys_of(t0, Tq, Tk, window, p_bounds, BT, BS)
+    a, b, c, end = keys_of(t0, Tq, Tk, window, p_bounds, BT, BS, CAUSAL)
     for i in range(end - c + b - a):
         b_o, b_m, b_l = _forward_step(
             edge(i, a, b, c, end), b_q, b_o, b_m, b_l, b_id, o_p, p_k, p_v, p_ids, stride_kt, stride_vt, stride_it,
-            Tk, window, D, scale, BS, BD, True,
+            Tk, window, D, scale, SOFTCAP, CAUSAL, BS, BD, True,
         )
     for i in range(c - b):
         b_o, b_m, b_l = _forward_step(
             b + i, b_q, b_o, b_m, b_l, b_id, o_p, p_k, p_v, p_ids, stride_kt, stride_vt, stride_it,
-            Tk, window, D, scale, BS, BD, False,
+            Tk, window, D, scale, SOFTCAP, CAUSAL, BS, BD, False,
         )
     tl.store(lse + i_bh * Tp + t0 + tl.arange(0, BT), b_m + tl.log2(b_l))
     if i_p == 0:  # the rest, that backward's tiles may read
@@ -87,7 +88,8 @@ def _attention_fwd_kernel(
 
 
 def _attention_fwd(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, scale: float, causal: bool = True,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """q [B, Tq, H, D], k and v [B, Tk, Hkv, D] → out as q, and lse [B, H, Tp], Tp being Tq up to a multiple of LSE."""
     (B, Tq, H, D), (Tk, Hkv) = q.shape, k.shape[1:3]
@@ -103,7 +105,7 @@ def _attention_fwd(
         stride_qb=qb, stride_qt=qt, stride_qh=qh, stride_kb=kb, stride_kt=kt, stride_kh=kh,
         stride_vb=vb, stride_vt=vt, stride_vh=vh, Tq=Tq, Tp=lse.shape[2], Tk=Tk, n_heads=B * H,
         n_together=heads_in_l2(k, 2) * (H // Hkv), window=window, H=H, GROUP=H // Hkv, D=D, scale=scale,
-        BT=tile.BT, BS=tile.BS, BD=padded(D), num_warps=tile.warps, num_stages=tile.stages,
+        SOFTCAP=softcap, CAUSAL=causal, BT=tile.BT, BS=tile.BS, BD=padded(D), num_warps=tile.warps, num_stages=tile.stages,
         **document_bounds(doc_ids, tile.BT),
     )
     return out, lse

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kernels_triton.primitives import tanh
+
 
 @triton.jit
 def place(i_p, n_tiles, n_heads, n_together):
@@ -57,16 +59,27 @@ def load_ids(p, stride, n, BT: tl.constexpr):
 
 
 @triton.jit
-def visible(o_p, o_s, window):
+def capped(b_s, scale: tl.constexpr, SOFTCAP: tl.constexpr, FAST: tl.constexpr):
+    """Products of queries and keys as they are or, where there is a soft-cap, their share of it: tanh(scale · s / softcap)."""
+    if SOFTCAP is None:
+        return b_s
+    else:
+        return tanh(b_s * (scale / SOFTCAP), FAST)
+
+
+@triton.jit
+def visible(o_p, o_s, Tk, window, CAUSAL: tl.constexpr):
     """Whether queries at the positions o_p see keys at o_s, documents aside."""
-    m = o_s <= o_p
+    m = o_s <= o_p if CAUSAL else o_s < Tk
     if window is not None:
         m &= o_p - o_s <= window
+        if not CAUSAL:
+            m &= o_s - o_p <= window
     return m
 
 
 @triton.jit
-def keys_of(t0, Tq, Tk, window, p_bounds, BT: tl.constexpr, BS: tl.constexpr):
+def keys_of(t0, Tq, Tk, window, p_bounds, BT: tl.constexpr, BS: tl.constexpr, CAUSAL: tl.constexpr = True):
     """The tiles of keys of the queries t0 … t0 + BT: those before a and from end on are out of sight; every query sees every
     key in those from b to c; in the others, from a to b and from c to end, some pairs are hidden."""
     first = Tk - Tq + t0
@@ -76,22 +89,36 @@ def keys_of(t0, Tq, Tk, window, p_bounds, BT: tl.constexpr, BS: tl.constexpr):
         lowest, seen_from = tl.maximum(first - window, 0), tl.maximum(last - window, 0)
     if p_bounds is not None:
         lowest, seen_from = tl.maximum(lowest, tl.load(p_bounds)), tl.maximum(seen_from, tl.load(p_bounds + 2))
-    end = tl.cdiv(last + 1, BS)
+    if CAUSAL:
+        highest, seen_to = last + 1, first + 1
+    else:
+        highest, seen_to = Tk, Tk
+        if window is not None:
+            highest, seen_to = tl.minimum(last + 1 + window, Tk), tl.minimum(first + 1 + window, Tk)
+        if p_bounds is not None:
+            highest, seen_to = tl.minimum(highest, tl.load(p_bounds + 1)), tl.minimum(seen_to, tl.load(p_bounds + 3))
+    end = tl.cdiv(highest, BS)
     b = tl.minimum(tl.cdiv(seen_from, BS), end)
-    return lowest // BS, b, tl.maximum(b, (first + 1) // BS), end
+    return lowest // BS, b, tl.maximum(b, seen_to // BS), end
 
 
 @triton.jit
-def queries_of(s0, Tq, Tk, window, p_bounds, BT: tl.constexpr, BS: tl.constexpr):
+def queries_of(s0, Tq, Tk, window, p_bounds, BT: tl.constexpr, BS: tl.constexpr, CAUSAL: tl.constexpr = True):
     """The tiles of queries of the keys s0 … s0 + BS, as keys_of has them."""
     first = s0 - (Tk - Tq)
-    lowest, seen_from = tl.maximum(first, 0), tl.maximum(first + BS - 1, 0)
+    lowest, seen_from = 0, 0
+    if CAUSAL:
+        lowest, seen_from = tl.maximum(first, 0), tl.maximum(first + BS - 1, 0)
+    elif window is not None:
+        lowest, seen_from = tl.maximum(first - window, 0), tl.maximum(first + BS - 1 - window, 0)
     highest, seen_to = Tq, Tq
     if window is not None:
         highest = tl.minimum(highest, tl.maximum(tl.minimum(first + BS, Tq) + window, 0))
         seen_to = tl.minimum(seen_to, tl.maximum(first + window + 1, 0))
     if p_bounds is not None:
         highest, seen_to = tl.minimum(highest, tl.load(p_bounds + 1)), tl.minimum(seen_to, tl.load(p_bounds + 3))
+        if not CAUSAL:
+            lowest, seen_from = tl.maximum(lowest, tl.load(p_bounds)), tl.maximum(seen_from, tl.load(p_bounds + 2))
     a = lowest // BT
     end = tl.maximum(tl.cdiv(highest, BT), a)
     b = tl.minimum(tl.cdiv(seen_from, BT), end)

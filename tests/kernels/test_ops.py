@@ -4,6 +4,7 @@ import dataclasses
 import pickle
 import subprocess
 import sys
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -124,6 +125,45 @@ def test_a_kernel_that_is_broken_here_is_found_at_the_start(fault, device, monke
         load_ops(KernelConfig(rmsnorm="triton"), device)
     assert "\n" not in str(caught.value)
     assert ("no C compiler" in str(caught.value)) == (fault == "does not launch")
+
+
+@needs_triton
+def test_where_a_kernel_for_hopper_fails_the_one_for_every_gpu_is_named(device, monkeypatch):
+    def broken(*args, **options):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    hopper = torch.device("cuda")
+    assert model.ops.remedy_for("attention", "triton", hopper) == "triton_portable"
+    assert model.ops.remedy_for("attention", "triton_portable", hopper) == "torch"
+    assert model.ops.remedy_for("rmsnorm", "triton", hopper) == "torch"
+    assert model.ops.remedy_for("attention", "triton", torch.device("cpu")) == "torch"
+    with pytest.raises(KestrelError, match=r"\(no such instruction\): take kernels\.attention=triton_portable$"):
+        prove("attention", broken, device, remedy="triton_portable")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    assert model.ops.remedy_for("attention", "triton", hopper) == "torch"
+
+
+@needs_triton
+def test_the_kernels_for_every_gpu_can_be_asked_for(device):
+    config = KernelConfig(attention="triton_portable")
+    assert load_ops(config, device).attention is import_module("kernels_triton.attention").attention_portable
+    assert describe_ops(config, device).startswith("attention triton_portable, others torch")
+
+
+@needs_triton
+def test_which_of_two_kernels_runs_is_said(monkeypatch):
+    """On a GPU, for the op whose choice it is; elsewhere there is none."""
+    attention = import_module("kernels_triton.attention")
+    config, gpu = KernelConfig(backend="triton"), torch.device("cuda")
+    assert "attention by" not in describe_ops(config, torch.device("cpu"))
+    monkeypatch.setattr(attention.torch, "empty", lambda *size, device, dtype: torch.zeros((1, 1, 1, 64), dtype=dtype))
+    assert "; attention by its kernels for every GPU" in describe_ops(config, gpu, torch.bfloat16)
+    monkeypatch.setattr(attention, "takes_hopper", lambda q, causal, softcap: q.dtype == torch.bfloat16)
+    assert "; attention by its kernels for Hopper" in describe_ops(config, gpu, torch.bfloat16)
+    assert "; attention by its kernels for every GPU" in describe_ops(config, gpu, torch.float32)
+    others = KernelConfig(backend="triton", attention="triton_portable")
+    assert "attention by" not in describe_ops(others, gpu, torch.bfloat16)
 
 
 def test_ops_can_be_spied_on_by_replacing_one(device):

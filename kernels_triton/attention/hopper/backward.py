@@ -93,8 +93,7 @@ def _attention_bwd(
     scale: float, needs_dq: bool, needs_dk: bool, needs_dv: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As the portable one, for what forward.supports. torch.compile sees an operator: it cannot trace a kernel not of tl."""
-    one_key_each = window == 0 or k.shape[1] == 1
-    if q.numel() == 0 or one_key_each or not (needs_dq and needs_dk and needs_dv):
+    if q.numel() == 0 or k.shape[1] == 1 or not (needs_dq and needs_dk and needs_dv):
         return portable._attention_bwd(
             q, k, v, out, lse, dout, window, doc_ids, scale, needs_dq, needs_dk, needs_dv,
         )

@@ -306,7 +306,7 @@ def _attention_fwd_kernel(
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
-def supports(q: Tensor, window: int | None, doc_ids: Tensor | None) -> bool:
+def supports(q: Tensor) -> bool:
     """Whether these kernels take such queries (keys and values have their dtype and width), whatever the window and documents."""
     return q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] % 8 == 0 and q.shape[-1] <= WIDEST_HEAD
 
