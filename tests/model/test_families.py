@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels_torch
+from config import compose
 from tests.model.tiny import FORMS, VOCAB, awake, fresh, llama, tokens, triton_ops
 from tests.numerics import assert_close
 
@@ -127,14 +128,40 @@ def test_triton_kernels_agree_with_torch(form, device):
     pytest.importorskip("triton", reason="triton is not installed")
     row, targets = tokens(2, 21, device=device), tokens(2, 21, seed=1, device=device)
 
+    assert_agreement(
+        lambda dtype, ops=None: awake(FORMS[form], dtype, device=device, ops=ops), row, targets, torch.float32
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("arch", ["plain", "nanochat2026"])
+def test_a_d4_has_the_gradients_of_fp64(arch, dtype, device):
+    """A model as one trains it: heads of 128, rows of several tiles."""
+    row, targets = (torch.randint(4000, (2, 600), generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    config = compose("train", ["model=d4", f"arch={arch}"]).model
+
+    def model(dtype, ops=None):
+        made = fresh(config, dtype, vocab_size=4000, device=device, ops=ops)
+        with torch.no_grad():
+            for parameter in made.parameters():  # none is zero
+                parameter += 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)).to(device)
+        return made
+
+    assert_agreement(model, row.to(device), targets.to(device), dtype)
+
+
+def assert_agreement(new_model, row, targets, dtype):
+    """Our kernels against fp64, as close as plain PyTorch in the same dtype: logits and all gradients."""
+
     def logits_and_gradients(dtype, ops=None):
-        model = awake(FORMS[form], dtype, device=device, ops=ops)
+        model = new_model(dtype, ops)
         model(row, targets).backward()
         return model(row).detach(), [p.grad.double() for p in model.parameters()]
 
     exact, exact_gradients = logits_and_gradients(torch.float64)
-    plain, plain_gradients = logits_and_gradients(torch.float32)
-    got, gradients = logits_and_gradients(torch.float32, triton_ops(device))
+    plain, plain_gradients = logits_and_gradients(dtype)
+    got, gradients = logits_and_gradients(dtype, triton_ops(row.device))
     assert_close(got, exact, plain, "logits")
     scales = [g.square().mean().sqrt() for g in exact_gradients]  # so that every parameter counts the same
     got, exact, plain = (
