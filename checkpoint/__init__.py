@@ -10,7 +10,16 @@ publishes and deletes, `finding.py` finds the newest or best, `loading.py` verif
 folder must hold, `tensors.py` is the file format of the tensors, `state.py` what a run needs beside them.
 """
 
-from checkpoint.finding import best, find, find_newest_run, is_complete, latest, list_checkpoints, what_is_wrong
+from checkpoint.finding import (
+    best,
+    find,
+    find_newest_run,
+    is_complete,
+    latest,
+    list_checkpoints,
+    passed_over,
+    what_is_wrong,
+)
 from checkpoint.loading import Checkpoint, load_tensors, read_checkpoint, spec_of
 from checkpoint.saving import save
 from checkpoint.state import TrainState, restore_rng, rng_state
@@ -25,6 +34,7 @@ __all__ = [
     "latest",
     "list_checkpoints",
     "load_tensors",
+    "passed_over",
     "read_checkpoint",
     "restore_rng",
     "rng_state",

@@ -92,6 +92,13 @@ def what_is_wrong(run_dir: Path) -> str | None:
     return "; ".join(reasons[-3:]) + more or None
 
 
+def passed_over(run_dir: Path, chosen: Path) -> str | None:
+    """What was saved after `chosen` and is damaged, with the reasons; None: nothing."""
+    complete = _complete(run_dir)
+    later = [p for p in _named(run_dir) if order(p) > order(chosen) and p not in complete]
+    return "; ".join(f"{path.name}: {_damage(path)}" for path in later) or None
+
+
 def _damage(path: Path) -> str:
     """What keeps a folder named like a checkpoint from being one."""
     try:

@@ -20,6 +20,7 @@ except ImportError:  # Windows has no flock; there the folder is not guarded
 
 import checkpoint
 from errors import KestrelError
+from training.distributed import print_main
 
 # Changing any of these makes it a different run; hardware, kernels, learning rates, cadences and horizon may change.
 IDENTITY = ("model.", "tokenizer.", "data.", "optim.name", "seed")
@@ -51,6 +52,8 @@ def open_run(runs_dir: Path, name: str, resume: str, settings: dict) -> RunDirec
             )
         if existing is not None:
             refuse_other_run(checkpoint.read_checkpoint(existing).config, settings, path)
+            if damaged := checkpoint.passed_over(path, existing):
+                print_main(f"what was saved after {existing.name} is damaged and passed over ({damaged})")
         return RunDirectory(path, existing, resumed=existing is not None)
     start = None if resume == "never" else checkpoint.find(Path(resume))
     if start is not None:

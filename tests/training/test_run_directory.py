@@ -10,9 +10,9 @@ from errors import KestrelError
 from training.run_directory import open_run
 
 
-def save(run: Path) -> Path:
-    state = checkpoint.TrainState(step=3).to_json()
-    return checkpoint.save(run, 3, model={}, optimizer={}, state=state, config={}, tokenizer_json="{}")
+def save(run: Path, step: int = 3) -> Path:
+    state = checkpoint.TrainState(step=step).to_json()
+    return checkpoint.save(run, step, model={}, optimizer={}, state=state, config={}, tokenizer_json="{}")
 
 
 def truncate(path: Path) -> None:
@@ -44,6 +44,16 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(tmp_path: Pat
     assert (directory.path, directory.start) == (tmp_path / "a-2", None)
     good = save(tmp_path / "good")
     assert open_run(tmp_path, "a", str(good), {}).path == tmp_path / "a-2"
+
+
+def test_a_damaged_newest_checkpoint_is_passed_over_aloud(tmp_path: Path, capsys: pytest.CaptureFixture):
+    whole = save(tmp_path / "a")
+    assert open_run(tmp_path, "a", "auto", {}).start == whole
+    assert capsys.readouterr().out == ""
+    truncate(save(tmp_path / "a", 6))
+    assert open_run(tmp_path, "a", "auto", {}).start == whole
+    said = capsys.readouterr().out
+    assert "saved after step-00000003 is damaged and passed over (step-00000006: model.safetensors has 0 bytes" in said
 
 
 def test_checkpoints_that_may_not_be_read_stop_a_run(tmp_path: Path, no_privileges):
