@@ -12,6 +12,7 @@ from kernels_triton.embedding import embedding
 from kernels_triton.gelu import gelu
 from kernels_triton.layer_norm import layer_norm
 from kernels_triton.linear_cross_entropy import linear_cross_entropy
+from kernels_triton.linear_decode import linear_decode
 from kernels_triton.mlp import relu2_mlp, swiglu_mlp
 from kernels_triton.muon import muon_momentum, muon_update
 from kernels_triton.newton_schulz import newton_schulz
@@ -45,6 +46,7 @@ __all__ = [
     "gelu",
     "layer_norm",
     "linear_cross_entropy",
+    "linear_decode",
     "mix_rmsnorm",
     "muon_momentum",
     "muon_update",
