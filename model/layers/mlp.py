@@ -1,9 +1,13 @@
-"""The feed-forward half of a block. relu² and SwiGLU are hot and go through ops; plain SiLU is there for NanoFalcon."""
+"""The feed-forward half of a block. relu² and SwiGLU are hot and go through ops; plain SiLU is there for NanoFalcon.
+
+`forward` is for many tokens; `decode` is the same for one token a row, with the norm before it and the sum after it.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers.linear import Linear
+from model.layers.linear import Linear, Operands, side_by_side
+from model.layers.norm import RMSNorm
 from model.ops import Ops
 
 
@@ -19,6 +23,11 @@ class ReluSquaredMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.relu2_mlp(x, self.c_fc.weight_in(x.dtype), self.c_proj.weight_in(x.dtype))
 
+    def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + mlp(norm(x)) of few tokens, in two launches."""
+        hidden = self.c_fc.decode(self.ops, x, **norm.options, activation="relu2")
+        return self.c_proj.decode(self.ops, hidden, residual=x)
+
 
 class SwiGluMLP(nn.Module):
     """(silu(x Gᵀ) · x Uᵀ) Vᵀ: llama's."""
@@ -29,19 +38,35 @@ class SwiGluMLP(nn.Module):
         self.c_gate = Linear(n_embd, hidden_dim)
         self.c_up = Linear(n_embd, hidden_dim)
         self.c_proj = Linear(hidden_dim, n_embd)
+        self.gate_up: Operands | None = None
+
+    def stack(self) -> None:
+        """For `decode`: both weights that read the input as one."""
+        self.gate_up = side_by_side(self.c_gate, self.c_up)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up, down = (layer.weight_in(x.dtype) for layer in (self.c_gate, self.c_up, self.c_proj))
         return self.ops.swiglu_mlp(x, gate, up, down)
 
+    def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + mlp(norm(x)) of few tokens, in two launches."""
+        hidden = self.ops.linear_decode(x, *self.gate_up, **norm.options, activation="swiglu")
+        return self.c_proj.decode(self.ops, hidden, residual=x)
+
 
 class SiluMLP(nn.Module):
     """silu(x Wᵀ) Vᵀ, ungated: NanoFalcon's."""
 
-    def __init__(self, n_embd: int, hidden_dim: int) -> None:
+    def __init__(self, ops: Ops, n_embd: int, hidden_dim: int) -> None:
         super().__init__()
+        self.ops = ops
         self.c_fc = Linear(n_embd, hidden_dim)
         self.c_proj = Linear(hidden_dim, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.c_proj(F.silu(self.c_fc(x)))
+
+    def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
+        """x + mlp(norm(x)) of few tokens, in two launches."""
+        hidden = self.c_fc.decode(self.ops, x, **norm.options, activation="silu")
+        return self.c_proj.decode(self.ops, hidden, residual=x)
