@@ -409,9 +409,10 @@ def most_tokens(model: LanguageModel, max_rows: int, device: torch.device) -> in
 def cast_weights(model: LanguageModel) -> LanguageModel:
     """Keep matrices and tables in the model's dtype, as every use casts them anyway: same numbers, less to read.
 
-    For a model that will not be trained: its fp32 masters are gone.
+    For a model that will not be trained: its fp32 masters are gone, and weights that read the same input are stacked.
     """
     for module in model.modules():
         if isinstance(module, Master):
             module.weight.data = module.weight.data.to(model.dtype)
+    model.stack_weights()
     return model.requires_grad_(False)

@@ -63,6 +63,7 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.config, self.vocab_size, self.ops, self.dtype = config, vocab_size, ops, dtype
         self.context_len = config.sequence_len
+        self.is_stacked = self.has_codes = False
 
     # What a family says about itself.
 
@@ -75,6 +76,13 @@ class LanguageModel(nn.Module):
         new_tokens: Tensor | None = None,
     ) -> Tensor:
         """tokens [B, T] → normalised hidden states [B, T, C] in the model's dtype."""
+        raise NotImplementedError
+
+    def step(self, tokens: Tensor, cache: Cache, new_tokens: Tensor | None) -> tuple[Tensor, dict[str, object]]:
+        """The same for few tokens a row, by ops made for that; the weights must be stacked.
+
+        → hidden states [B, T, C], and as options of ops.linear_decode the last norm, unless they are normalised
+        """
         raise NotImplementedError
 
     def initial_value(self, name: str) -> Init:
@@ -187,6 +195,19 @@ class LanguageModel(nn.Module):
 
     # Decoding.
 
+    def stack_weights(self) -> None:
+        """From now on decode one token a row by `step`, and any number from weights in codes.
+
+        For that, weights that read the same input lie side by side.
+
+        The last thing to do with a model: its weights must be in its dtype and on their device.
+        """
+        for module in self.modules():
+            if hasattr(module, "stack"):
+                module.stack()
+        self.is_stacked = True
+        self.has_codes = any(isinstance(module, Master) and module.codes is not None for module in self.modules())
+
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: Cache, *, new_tokens: Tensor | list[int] | None = None) -> Tensor:
         """Continue every row of `cache` by `tokens` [B, T]: a prompt, a piece of one, or one token each.
@@ -198,9 +219,22 @@ class LanguageModel(nn.Module):
         cache.reserve(tokens.shape[1])
         if new_tokens is not None:
             new_tokens = torch.as_tensor(new_tokens, device=tokens.device)
-        x = self.trunk(tokens, cache=cache, new_tokens=new_tokens)
-        cache.advance(tokens.shape[1] if new_tokens is None else new_tokens)
-        return self.logits(last_of_each_row(x, new_tokens))
+        T = tokens.shape[1]
+        by_steps = self.is_stacked and (T == 1 or self.has_codes)
+        if by_steps:
+            x, norm = self.step(tokens, cache, new_tokens)
+        else:
+            x = self.trunk(tokens, cache=cache, new_tokens=new_tokens)
+        cache.advance(T if new_tokens is None else new_tokens)
+        x = x[:, 0] if T == 1 else last_of_each_row(x, new_tokens)  # of a row that brought no token anything will do
+        return self.step_logits(x, norm) if by_steps else self.logits(x)
+
+    def step_logits(self, x: Tensor, norm: dict[str, object]) -> Tensor:
+        """Hidden states [B, C] as `step` leaves them → logits [B, vocab_size]."""
+        weight, scales = self.head_layer.operands(x.dtype)
+        weight, scales = weight[: self.vocab_size], None if scales is None else scales[: self.vocab_size]
+        out_dtype = torch.promote_types(x.dtype, torch.float32)
+        return self.ops.linear_decode(x, weight, scales, **norm, softcap=self.softcap, out_dtype=out_dtype)
 
     # Values and roles of parameters.
 

@@ -77,7 +77,7 @@ class Block(nn.Module):
         self.attn = Attention(ops, layer=layer, n_embd=n_embd, n_head=config.n_head, n_kv_head=config.kv_heads)
         self.norm2 = RMSNorm(ops, eps=eps, width=n_embd)
         gated = config.activation == "swiglu"
-        self.mlp = SwiGluMLP(ops, n_embd, config.mlp_dim) if gated else SiluMLP(n_embd, config.mlp_dim)
+        self.mlp = SwiGluMLP(ops, n_embd, config.mlp_dim) if gated else SiluMLP(ops, n_embd, config.mlp_dim)
 
     def forward(
         self,
@@ -93,6 +93,10 @@ class Block(nn.Module):
         normed, x = (self.norm1(x), x) if branch is None else self.norm1.of_sum(x, branch)
         normed, x = self.norm2.of_sum(x, self.attn(normed, cos, sin, doc_ids=doc_ids, cache=cache))
         return x, self.mlp(normed)
+
+    def decode(self, x: Tensor, cos: Tensor, sin: Tensor, cache: Cache) -> Tensor:
+        """The stream x [B, T, C] of few tokens a row → the stream after this block."""
+        return self.mlp.decode(self.attn.decode(x, None, self.norm1, cos, sin, cache), self.norm2)
 
 
 class Llama(LanguageModel):
@@ -120,6 +124,12 @@ class Llama(LanguageModel):
         for block in self.blocks:
             x, branch = block(x, branch, self.cos, self.sin, doc_ids=doc_ids, cache=cache)
         return self.norm.of_sum(x, branch)[0]
+
+    def step(self, tokens: Tensor, cache: Cache, new_tokens: Tensor | None) -> tuple[Tensor, dict[str, object]]:
+        x = self.tok(tokens, self.dtype)  # (B, T, C)
+        for block in self.blocks:
+            x = block.decode(x, self.cos, self.sin, cache)
+        return x, self.norm.options
 
     def initial_value(self, name: str) -> Init:
         match name.removesuffix(".weight").split("."):

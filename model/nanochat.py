@@ -146,6 +146,21 @@ class Block(nn.Module):
         normed, x = self.norm.of_sum(x, branch)
         return x, self.mlp(normed)
 
+    def decode(
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+        *,
+        tokens: Tensor,
+        value_table: Tensor | None = None,
+    ) -> Tensor:
+        """The stream x [B, T, C] of few tokens a row, and its norm if that is known → the stream after this block."""
+        x = self.attn.decode(x, normed, self.norm, cos, sin, cache, tokens=tokens, value_table=value_table)
+        return self.mlp.decode(x, self.norm)
+
 
 class Nanochat(LanguageModel):
     """Read `trunk` first: it is the architecture."""
@@ -196,6 +211,22 @@ class Nanochat(LanguageModel):
                 middle, branch = x + branch, None
                 x = middle
         return self.join(x, branch, middle, (None, -self.backout_lambda) if self.config.backout else None)[0]
+
+    def step(self, tokens: Tensor, cache: Cache, new_tokens: Tensor | None) -> tuple[Tensor, dict[str, object]]:
+        x = self.norm(self.transformer.wte(tokens, self.dtype))  # (B, T, C)
+        if self.config.smear:
+            x = self.smear(x, None, cache, new_tokens)
+        x0, middle = x, None
+        for block, value_table, scales in zip(
+            self.transformer.h, self.value_tables(), self.residual_scales(), strict=True
+        ):
+            normed, x = (None, x) if scales is None else self.join(x, None, x0, scales)
+            x = block.decode(x, normed, self.cos, self.sin, cache, tokens=tokens, value_table=value_table)
+            if self.config.backout and block is self.transformer.h[self.config.n_layer // 2]:
+                middle = x
+        if self.config.backout:
+            return self.join(x, None, middle, (None, -self.backout_lambda))[0], {}
+        return x, self.norm.options
 
     def join(
         self, x: Tensor, branch: Tensor | None, anchor: Tensor | None, scales: tuple[Tensor | None, Tensor] | None

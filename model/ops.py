@@ -40,6 +40,7 @@ class Ops:
     attention: Callable
     attention_decode: Callable
     attention_decode_paged: Callable
+    linear_decode: Callable
     draw_tokens: Callable
     take_tokens: Callable
     relu2_mlp: Callable
@@ -92,7 +93,7 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
 RECOMPUTABLE = [
     op
     for op in OP_NAMES
-    if op not in ("qk_norm_rope_append", "attention_decode", "draw_tokens")
+    if op not in ("qk_norm_rope_append", "attention_decode", "linear_decode", "draw_tokens")
     and not op.startswith(("muon_", "newton_", "adamw_"))
 ]
 

@@ -8,7 +8,8 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from model.layers.linear import Linear, Master, products
+from model.layers.linear import Linear, Master, Operands, products, side_by_side
+from model.layers.norm import RMSNorm
 from model.ops import Ops
 
 
@@ -63,6 +64,11 @@ class Attention(nn.Module):
         self.c_proj = Linear(n_head * self.head_dim, n_embd)
         if gate_channels is not None:
             self.ve_gate = Master(n_kv_head, gate_channels)  # the op rounds it
+        self.qkv: Operands | None = None
+
+    def stack(self) -> None:
+        """For `decode`: the weights of q, k and v as one."""
+        self.qkv = side_by_side(self.c_q, self.c_k, self.c_v)
 
     def forward(
         self,
@@ -89,6 +95,33 @@ class Attention(nn.Module):
         else:
             y = self.attend_cached(q, k, v, cos, sin, cache)
         return self.c_proj(y.reshape(B, T, -1))
+
+    def decode(
+        self,
+        x: Tensor,
+        normed: Tensor | None,
+        norm: RMSNorm,
+        cos: Tensor,
+        sin: Tensor,
+        cache: Cache,
+        *,
+        tokens: Tensor | None = None,
+        value_table: Tensor | None = None,
+    ) -> Tensor:
+        """x + attention(norm(x)) of few tokens a row [B, T, C], in few launches. normed: norm(x) where it is known."""
+        if normed is None and value_table is not None:
+            normed = norm(x)  # the gate reads it, too
+        if normed is None:
+            qkv = self.ops.linear_decode(x, *self.qkv, **norm.options)
+        else:
+            qkv = self.ops.linear_decode(normed, *self.qkv)
+        heads = qkv.unflatten(-1, (-1, self.head_dim))  # (B, T, H + 2 Hkv, D)
+        q, k, v = heads.split([self.n_head, self.n_kv_head, self.n_kv_head], dim=2)
+        if value_table is not None:
+            gate = dict(gate_input=normed[..., : self.gate_channels], gate_weight=self.ve_gate.weight)
+            v = self.ops.value_embedding(v, tokens, value_table, **gate, gate_range=self.gate_range)
+        y = self.attend_cached(q, k, v, cos, sin, cache)
+        return self.c_proj.decode(self.ops, y.flatten(2), residual=x)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, doc_ids: Tensor | None) -> Tensor:
         """Attention among the tokens given, the first of which stands at position 0."""

@@ -76,6 +76,10 @@ class Linear(Master):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight_in(x.dtype))
 
+    def decode(self, ops: Ops, x: Tensor, **options: object) -> Tensor:
+        """The product of few rows, with what ops.linear_decode can do before and after it."""
+        return ops.linear_decode(x, *self.operands(x.dtype), **options)
+
 
 class _Products(torch.autograd.Function):
     """Several products of one input: its gradient is their sum, added up where the products end.
@@ -117,6 +121,21 @@ def products(x: Tensor, *layers: "Linear", n_first: int = 0) -> list[Tensor]:
     if torch.is_grad_enabled():
         return list(_Products.apply(x, n_first, *weights))
     return [x[..., :n_first], *(F.linear(x, weight) for weight in weights)]
+
+
+Operands = tuple[Tensor, Tensor | None]  # of ops.linear_decode: a weight, or its codes and their scales
+
+
+def side_by_side(*layers: "Linear") -> Operands:
+    """One weight of which those of the layers are parts from now on: a single product of few rows reads all of it."""
+    names = ("codes", "scales") if layers[0].codes is not None else ("weight",)
+    wholes = []
+    for name in names:
+        parts = [getattr(layer, name).data for layer in layers]
+        wholes.append(torch.cat(parts))
+        for layer, part in zip(layers, wholes[-1].split([len(part) for part in parts]), strict=True):
+            getattr(layer, name).data = part
+    return wholes[0], wholes[1] if len(wholes) == 2 else None
 
 
 class Embedding(Master):

@@ -18,6 +18,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rmsnorm(x, self.weight, eps=self.eps)
 
+    @property
+    def options(self) -> dict[str, object]:
+        """What ops.linear_decode must know to normalise its input."""
+        return dict(norm_weight=self.weight, eps=self.eps)
+
     def of_sum(self, x: Tensor, branch: Tensor) -> tuple[Tensor, Tensor]:
         """The norm of x + branch, and the sum: where one branch of the residual stream ends and the next begins."""
         return self.ops.add_rmsnorm(x, branch, self.weight, eps=self.eps)
