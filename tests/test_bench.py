@@ -35,3 +35,18 @@ def test_what_did_not_fit_is_left_out_of_the_figure(tmp_path: Path):
     ]
     draw(rows, tmp_path / "figure.png")
     assert (tmp_path / "figure.png").exists()
+
+
+def test_loss_is_drawn_over_the_wall_clock(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.wall_clock", "--steps", "3", "--run", "torch"]
+    command += ["--out", str(tmp_path), "--figures", str(tmp_path), "data=fables", "data.megabytes=0.2"]
+    command += ["tokenizer=byte", "model=d2", "model.sequence_len=32", "stage.total_batch_size=128"]
+    command += ["hardware.device_batch_size=2", "hardware=cpu", "stage.eval_tokens=512"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "wall_clock.csv").open()))
+    assert [int(row["step"]) for row in rows] == [0, 1, 2, 3]
+    seconds = [float(row["seconds"]) for row in rows]
+    assert seconds == sorted(seconds)
+    assert seconds[0] > 0.5, "the process's own start counts"
+    assert (tmp_path / "wall_clock.png").read_bytes().startswith(b"\x89PNG")
