@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels_torch.draw_tokens import check_draw_tokens
-from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
+from kernels_triton.launch import can_overlap, ceil_div, check_gpu, launch, next_power_of_two
 from kernels_triton.rows import values_side_by_side
 
 # Not measured yet.
@@ -68,9 +68,12 @@ def _middle(low, high):
 @triton.jit
 def _best_of_chunk_kernel(
     logits, temperature, top_k, seed, sample, step, values, indices, stride_b, V,
-    DRAWS: tl.constexpr, K: tl.constexpr, BV: tl.constexpr,
+    DRAWS: tl.constexpr, K: tl.constexpr, BV: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """values, indices [B, chunks, K]: the best of the i_v-th chunk of BV tokens, in their order; −inf behind them."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_v, i_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
     o_v = i_v * BV + tl.arange(0, BV)
     m_v = o_v < V
@@ -112,12 +115,15 @@ def _best_of_chunk_kernel(
 @triton.jit
 def _draw_kernel(
     values, indices, temperature, top_k, seed, sample, step, ids, stride_b, N, V,
-    DRAWS: tl.constexpr, SIFTED: tl.constexpr, ONE_BLOCK: tl.constexpr, BN: tl.constexpr,
+    DRAWS: tl.constexpr, SIFTED: tl.constexpr, ONE_BLOCK: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """ids [B] from N candidates of each row, or without `indices` from all tokens.
 
     SIFTED   rows without a top_k brought the best of each chunk, noise added
     """
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_b = tl.program_id(0).to(tl.int64)
     o_n = tl.arange(0, BN)
     b_t, n, key = 0.0, N, tl.full([], 0, tl.int64)
@@ -167,7 +173,7 @@ def _draw_kernel(
         kept = m_n & ((b_o > low) | (equal & (tl.cumsum(equal.to(tl.int32), 0) <= room)))
         room -= tl.sum(equal.to(tl.int32), 0)
         b_y = b_x
-        if DRAWS:
+        if DRAWS:  # noqa: SIM102  known when compiled, the next is not
             if b_t > 0:
                 b_y = tl.fma(_gumbel(key, b_i), b_t, b_x)
         b_y = tl.where(kept, b_y, float("-inf"))
@@ -187,6 +193,7 @@ def _draw_tokens(
     if B == 0:
         return ids
     values, indices, N, K = logits, None, V, 1 if most == 0 or not draws else next_power_of_two(most)
+    overlap = can_overlap(logits.device)
     of_rows = dict(temperature=temperature, top_k=top_k, seed=seed, sample=sample, step=step)
     sifted = K <= MOST and V > K
     if sifted:
@@ -196,12 +203,14 @@ def _draw_tokens(
         indices = torch.empty((B, N), dtype=torch.int32, device=logits.device)
         launch(
             _best_of_chunk_kernel, (chunks, B), logits=logits, **of_rows, values=values, indices=indices,
-            stride_b=logits.stride(0), V=V, DRAWS=draws, K=K, BV=CHUNK, num_warps=8 if K > 1 else 4,
+            stride_b=logits.stride(0), V=V, DRAWS=draws, K=K, BV=CHUNK, OVERLAP=overlap, launch_pdl=overlap,
+            num_warps=8 if K > 1 else 4,
         )
     BN = min(max(16, next_power_of_two(N)), BLOCK)
     launch(
         _draw_kernel, (B,), values=values, indices=indices, **of_rows, ids=ids, stride_b=values.stride(0), N=N, V=V,
-        DRAWS=draws, SIFTED=sifted, ONE_BLOCK=N <= BN, BN=BN, num_warps=max(1, min(8, BN // 256)),
+        DRAWS=draws, SIFTED=sifted, ONE_BLOCK=N <= BN, BN=BN, OVERLAP=overlap, launch_pdl=overlap,
+        num_warps=max(1, min(8, BN // 256)),
     )
     return ids
 

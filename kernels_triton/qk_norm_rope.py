@@ -38,7 +38,7 @@ from kernels_torch.qk_norm_rope import (
     check_qk_norm_rope_append_paged,
 )
 from kernels_triton.autograd import differentiable_once
-from kernels_triton.launch import ceil_div, check_gpu, launch, next_power_of_two
+from kernels_triton.launch import can_overlap, ceil_div, check_gpu, launch, next_power_of_two
 from kernels_triton.rows import stride_of, values_side_by_side
 
 # Warps a program. On an H200 (copy 4.25 TB/s; µs between events, L2 flushed, bf16; in brackets a plain copy of as many
@@ -238,9 +238,12 @@ def _qk_norm_rope_append_kernel(
     stride_kcb, stride_kcs, stride_kch, stride_kcd, stride_vcb, stride_vcs, stride_vch, stride_vcd,
     stride_tb, stride_tn, stride_cos, stride_sin, stride_lengths, T, S, n_q, n_k,
     H: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
-    BN: tl.constexpr, BD: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """n_q programs for q, then n_k for k, then as many for v. Without a table rows of the cache lie in one piece."""
+    if OVERLAP:  # a step of decoding is many small kernels: each is started before the one it waits for has ended
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     i_p = tl.program_id(0)
     if i_p < n_q:
         _append(
@@ -344,6 +347,7 @@ def _qk_norm_rope_append(
     (kcb, kcs, kch, kcd), (vcb, vcs, vch, vcd) = k_cache.stride(), v_cache.stride()
     page = k_cache.shape[1]
     S = page if table is None else min(table.shape[1] * page, cos.shape[0])
+    overlap = can_overlap(q.device)
     launch(
         _qk_norm_rope_append_kernel, (n_q + 2 * n_k,), q=q, k=k, v=v, zq=zq, k_cache=k_cache, v_cache=v_cache,
         table=table, cos=cos, sin=sin, lengths=lengths,
@@ -354,7 +358,8 @@ def _qk_norm_rope_append(
         stride_tb=stride_of(table, 0), stride_tn=stride_of(table, 1), stride_cos=cos.stride(0),
         stride_sin=sin.stride(0), stride_lengths=lengths.stride(0),
         T=q.shape[1], S=S, n_q=n_q, n_k=n_k, H=q.shape[2], Hkv=k.shape[2], D=q.shape[3],
-        PAGE=None if table is None else page, eps=eps, scale=scale, BN=BN, BD=BD, num_warps=WARPS,
+        PAGE=None if table is None else page, eps=eps, scale=scale, BN=BN, BD=BD, OVERLAP=overlap, num_warps=WARPS,
+        launch_pdl=overlap,
     )
     return zq
 

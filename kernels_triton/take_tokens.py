@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels_torch.take_tokens import check_take_tokens
-from kernels_triton.launch import ceil_div, check_gpu, launch
+from kernels_triton.launch import can_overlap, ceil_div, check_gpu, launch
 
 ROWS = 32
 
@@ -18,8 +18,11 @@ ROWS = 32
 def _take_tokens_kernel(
     ids, forced, limit, is_stop, token, step, active, history,
     stride_ids, stride_forced, stride_limit, stride_stop, stride_token, stride_step, stride_active, stride_b, stride_h,
-    B, H, V, BB: tl.constexpr,
+    B, H, V, BB: tl.constexpr, OVERLAP: tl.constexpr,
 ):
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
     o_b = (tl.program_id(0) * BB + tl.arange(0, BB)).to(tl.int64)
     m_b = o_b < B
     b_forced = tl.load(forced + o_b * stride_forced, mask=m_b, other=-1).to(tl.int64)                   # [BB]
@@ -47,6 +50,7 @@ def take_tokens(
     check_take_tokens(ids, forced, limit, is_stop, token, step, active, history)
     check_gpu(ids=ids)
     B, H = history.shape
+    overlap = can_overlap(ids.device)
     if B:
         with torch.no_grad():
             launch(
@@ -54,6 +58,7 @@ def take_tokens(
                 token=token, step=step, active=active, history=history, stride_ids=ids.stride(0),
                 stride_forced=forced.stride(0), stride_limit=limit.stride(0), stride_stop=is_stop.stride(0),
                 stride_token=token.stride(0), stride_step=step.stride(0), stride_active=active.stride(0),
-                stride_b=history.stride(0), stride_h=history.stride(1), B=B, H=H, V=len(is_stop), BB=ROWS, num_warps=1,
+                stride_b=history.stride(0), stride_h=history.stride(1), B=B, H=H, V=len(is_stop), BB=ROWS,
+                OVERLAP=overlap, launch_pdl=overlap, num_warps=1,
             )
     return token, step, active, history
