@@ -1,0 +1,498 @@
+"""Decoding: `python -m bench.decode` writes bench/results/decode.csv and decode_context.csv and draws both.
+
+For each model (random weights, or a checkpoint by --ckpt) and number of rows: tokens per second of all rows together at
+a context of about 1,100 tokens, greedy, and what share of the machine's copy bandwidth that is, if each weight that a
+step multiplies with is read once, and each row's keys and values. The engine is timed as a user runs it, host and all;
+`replay_us` is what the device needs for a step by itself: a CUDA graph, replayed without Python. Time to first token is
+that of a new prompt of 1,024 tokens. Candidates:
+
+    torch            the engine, plain PyTorch, kernel by kernel
+    triton           the engine, our kernels, kernel by kernel
+    triton + graph   the engine, our kernels in CUDA graphs
+    recipe           what gpt-fast does: one compiled step (torch.compile, CUDA graphs) over a cache of fixed size
+
+What is timed is checked first: with the same words said before, each candidate's likeliest next token is compared with
+plain PyTorch's, at 64 places.
+"""
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+from bench.plot import COLOURS, FIGURES
+from bench.timing import copy_gbps, machine_card
+from bench.train_step import write_csv
+from config import compose
+from data.tokenizer import tokenizer_from_json
+from inference.engine import Engine, cast_weights
+from inference.paged_cache import PagedCache
+from inference.request import Request
+from inference.sampling import SamplingConfig
+from model import LanguageModel, build, config_from_dict
+from model.cost import kv_bytes_per_token
+from model.layers.linear import Linear, Master
+from model.ops import KernelConfig, load_ops
+
+RESULTS = Path(__file__).parent / "results"
+CHECKED = 64  # places at which the likeliest token is compared
+
+
+class Kind(NamedTuple):
+    """How a candidate runs."""
+
+    kernels: str
+    graphs: bool = False
+
+
+KINDS = {
+    "torch": Kind("torch"),
+    "triton": Kind("triton"),
+    "triton + graph": Kind("triton", graphs=True),
+    "recipe": Kind("torch"),
+}
+COLOUR_OF = COLOURS | {"triton": "#e08a76", "triton + graph": "#c8553d", "recipe": "#6b7c93"}
+
+
+class Shape(NamedTuple):
+    """A model, the rows that are decoded together, and their words before and while they are timed."""
+
+    model: str
+    batch: int
+    vocab_size: int
+    prompt: int = 1024
+    new_tokens: int = 160
+    overrides: tuple[str, ...] = ()
+    arch: str = "plain"
+
+    def config(self) -> object:
+        return compose("train", [f"model={self.model}", f"arch={self.arch}", *self.overrides]).model
+
+
+SMALL = ("model.depth=2", "model.head_dim=16", "model.aspect_ratio=16", "model.sequence_len=128")
+VOCAB = {"d6": 32_768, "d12": 32_768, "d20": 65_536, "d34": 65_536}
+
+
+def shapes(models: list[str], batches: list[int], arch: str, small: bool) -> list[Shape]:
+    if small:
+        return [Shape("d2", batch, 300, 64, 24, SMALL, arch) for batch in batches]
+    return [Shape(model, batch, VOCAB[model], arch=arch) for model in models for batch in batches]
+
+
+def random_model(shape: Shape, kernels: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """The same weights for every backend, made where they are, none of them zero."""
+    model = build(shape.config(), shape.vocab_size, load_ops(KernelConfig(backend=kernels), device, dtype), dtype)
+    model.to_empty(device=device)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 2:
+                parameter.normal_(0, parameter.shape[1] ** -0.5)
+            else:
+                parameter.fill_(1.0)
+    model.init_buffers()
+    return cast_weights(model)
+
+
+def saved_model(path: Path, kernels: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+    """That of a checkpoint."""
+    saved = checkpoint.read_checkpoint(checkpoint.find(path))
+    vocab_size = tokenizer_from_json(saved.tokenizer_json).vocab_size
+    ops = load_ops(KernelConfig(backend=kernels), device, dtype)
+    model = build(config_from_dict(saved.config["model"]), vocab_size, ops, dtype)
+    tensors = checkpoint.load_tensors(saved.path, "model", checkpoint.spec_of(dict(model.named_parameters())), device)
+    model.to_empty(device=device)
+    model.load_state_dict(tensors)
+    model.init_buffers()
+    return cast_weights(model)
+
+
+class Words:
+    """As much of a tokenizer as an engine needs that nobody reads."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.bos_id = vocab_size, 0
+
+    def encode_special(self, name: str) -> int:
+        return 0
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b"a" * len(ids)
+
+
+def prompts(shape: Shape, seed: int = 0) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, shape.vocab_size, (shape.batch, shape.prompt), generator=generator).tolist()
+
+
+# What is compared, and what is timed.
+
+
+@torch.no_grad()
+def likeliest(model: LanguageModel, shape: Shape) -> Tensor:
+    """The likeliest next token [CHECKED] of one row that is told what to say."""
+    cache = PagedCache(model, -(-model.context_len // 32), 32)
+    rows = cache.rows(1)
+    rows.begin(0, list(range(cache.max_blocks, 0, -1)), 0, {})
+    words = torch.tensor(prompts(shape, seed=1)[:1], device=next(model.parameters()).device)
+    checked = min(CHECKED, shape.prompt // 2)
+    model.decode(words[:, :-checked], rows)
+    told = [model.decode(word, rows).argmax(-1) for word in words[:, -checked:].split(1, dim=1)]
+    return torch.cat(told)
+
+
+def new_engine(model: LanguageModel, shape: Shape, kind: Kind) -> Engine:
+    room = shape.batch * -(-(shape.prompt + shape.new_tokens) // 32) * 32
+    engine = Engine(
+        model, Words(shape.vocab_size), max_rows=shape.batch, cache_tokens=room, reuse_prefixes=False,
+        graphs=kind.graphs and next(model.parameters()).is_cuda,
+    )  # fmt: skip
+    engine.stop_ids = set()
+    return engine
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def finish(engine: Engine) -> None:
+    while engine.has_work:
+        engine.step()
+
+
+def time_engine(engine: Engine, shape: Shape) -> dict[str, float]:
+    """Seconds a step while all rows are at work, seconds to the first token, and of the device alone."""
+    sampling = SamplingConfig(max_new_tokens=shape.new_tokens, temperature=0)
+    for _ in range(2):  # a second time with all compiled and captured
+        for prompt in prompts(shape):
+            engine.submit(Request(prompt, sampling))
+        while len(engine.running) < shape.batch:
+            engine.step()
+        for _ in range(8):
+            engine.step()
+        n = shape.new_tokens - max(row.n_launched for row in engine.running) - 2
+        synchronize(engine.device)
+        began = time.perf_counter()
+        for _ in range(n):
+            engine.step()
+        synchronize(engine.device)
+        step_s = (time.perf_counter() - began) / n
+        finish(engine)
+    return {"step_s": step_s, "first_token_s": time_to_first(engine, shape), "replay_s": replay_time(engine)}
+
+
+def time_to_first(engine: Engine, shape: Shape) -> float:
+    """Of a lone new prompt."""
+    samples = []
+    for seed in range(5):
+        request = Request(
+            prompts(shape._replace(batch=1), seed + 2)[0], SamplingConfig(max_new_tokens=4, temperature=0)
+        )
+        synchronize(engine.device)
+        began = time.perf_counter()
+        engine.submit(request)
+        while not engine.step():
+            pass
+        samples.append(time.perf_counter() - began)
+        finish(engine)
+    return statistics.median(samples[1:])
+
+
+def replay_time(engine: Engine) -> float:
+    """Seconds of the widest recorded step, one after the other, with rows half way through; 0: none is recorded."""
+    step = engine.steps[max(engine.steps)]
+    if not step.graphs:
+        return 0.0
+    replay, _ = next(iter(step.graphs.values()))
+    tables, lengths = engine.cache_rows.all_tables, engine.cache_rows.all_lengths
+    n = engine.pool.n_blocks // len(tables)
+    tables[:, :n] = torch.arange(1, 1 + n * len(tables), dtype=torch.int32, device=engine.device).view(len(tables), n)
+    lengths.fill_(n * engine.pool.page * 15 // 16)
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(2):
+        begin.record()
+        for _ in range(50):
+            replay()
+        end.record()
+    torch.cuda.synchronize()
+    tables.zero_()
+    lengths.zero_()
+    return begin.elapsed_time(end) / 50 / 1e3
+
+
+# gpt-fast's recipe.
+
+
+class FixedCache:
+    """Keys and values [layers, 2, B, H, S, D], for one compiled step of the plain form."""
+
+    def __init__(self, model: LanguageModel, batch: int, length: int) -> None:
+        n_layer, n_kv_head, head_dim = model.cache_shape
+        device = next(model.parameters()).device
+        self.kv = torch.zeros(n_layer, 2, batch, n_kv_head, length, head_dim, dtype=model.dtype, device=device)
+
+
+def recipe_step(model: LanguageModel, kv: Tensor, token: Tensor, position: Tensor) -> Tensor:
+    """One token [B, 1] at `position` [1] → the next [B, 1]; written as one writes it for a compiler."""
+    B, D = token.shape[0], model.config.head_dim
+    x = norm(F.embedding(token, model.transformer.wte.weight))
+    cos, sin = (table[position].to(x.dtype) for table in (model.cos, model.sin))
+    mask = (torch.arange(kv.shape[4], device=x.device) <= position)[None, None, None]
+    for i, block in enumerate(model.transformer.h):
+        q, k, v = F.linear(norm(x), block.attn.qkv[0]).view(B, -1, D).tensor_split(3, dim=1)  # (B, H, D)
+        q, k = (norm(rotate(y, cos, sin)) for y in (q, k))
+        kv[i, 0].index_copy_(2, position, k.unsqueeze(2))
+        kv[i, 1].index_copy_(2, position, v.unsqueeze(2))
+        y = F.scaled_dot_product_attention(q.unsqueeze(2), kv[i, 0], kv[i, 1], attn_mask=mask)
+        x = x + F.linear(y.reshape(B, 1, -1), block.attn.c_proj.weight)
+        x = x + F.linear(F.relu(F.linear(norm(x), block.mlp.c_fc.weight)).square(), block.mlp.c_proj.weight)
+    return F.linear(norm(x), model.lm_head.weight[: model.vocab_size]).argmax(-1)
+
+
+def norm(x: Tensor) -> Tensor:
+    return F.rms_norm(x, x.shape[-1:], None, 1e-6)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    x1, x2 = x.chunk(2, dim=-1)
+    return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1)
+
+
+@torch.no_grad()
+def time_recipe(model: LanguageModel, shape: Shape) -> tuple[dict[str, float], Tensor]:
+    """As time_engine, and the likeliest tokens; the prompt is read by the engine's model and copied."""
+    device = next(model.parameters()).device
+    length = shape.prompt + shape.new_tokens
+    cache = FixedCache(model, shape.batch, length)
+    step = torch.compile(recipe_step, mode="reduce-overhead", fullgraph=True) if device.type == "cuda" else recipe_step
+    words = torch.tensor(prompts(shape, seed=1)[:1], device=device).expand(shape.batch, -1)
+    checked, told = min(CHECKED, shape.prompt // 2), []
+    for i in range(shape.prompt):
+        position = torch.tensor([i], device=device)
+        token = step(model, cache.kv, words[:, i : i + 1].contiguous(), position).clone()
+        if i >= shape.prompt - checked:
+            told.append(token[0])
+    synchronize(device)
+    began = time.perf_counter()
+    n = shape.new_tokens - 2
+    for _ in range(n):
+        position += 1
+        token = step(model, cache.kv, token, position).clone()
+    synchronize(device)
+    return {"step_s": (time.perf_counter() - began) / n, "first_token_s": 0.0, "replay_s": 0.0}, torch.cat(told)
+
+
+# Tables.
+
+
+def bytes_of_step(model: LanguageModel, shape: Shape) -> int:
+    """What a step must read: the weights of all products, and keys and values of all rows."""
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
+    layers += [model.head_layer] if not isinstance(model.head_layer, Linear) else []
+    context = shape.prompt + shape.new_tokens // 2
+    return sum(map(bytes_of_weight, layers)) + shape.batch * context * kv_bytes_per_token(model)
+
+
+def bytes_of_weight(layer: Master) -> int:
+    held = [layer.weight] if layer.codes is None else [layer.codes, layer.scales]
+    return sum(x.numel() * x.element_size() for x in held)
+
+
+def bench_shape(
+    shape: Shape,
+    names: list[str],
+    device: torch.device,
+    dtype: torch.dtype,
+    make: Callable[[str], LanguageModel],
+    gbps: float,
+) -> list[dict]:
+    """A row for each candidate."""
+    rows, expected, models = [], None, {}
+    for name in names:
+        kind = KINDS[name]
+        model = models.get(kind.kernels) or make(kind.kernels)
+        models[kind.kernels] = model
+        if expected is None:
+            reference = models.get("torch") or make("torch")
+            expected = likeliest(reference, shape)
+        if name == "recipe":
+            times, told = time_recipe(model, shape)
+        else:
+            told = likeliest(model, shape)
+            engine = new_engine(model, shape, kind)
+            times = time_engine(engine, shape)
+            del engine
+        n_bytes = bytes_of_step(model, shape)
+        rows.append(
+            {
+                "model": shape.model,
+                "arch": shape.arch,
+                "vocab_size": shape.vocab_size,
+                "batch": shape.batch,
+                "prompt": shape.prompt,
+                "new_tokens": shape.new_tokens,
+                "candidate": name,
+                "tokens_per_s": round(shape.batch / times["step_s"], 1),
+                "step_us": round(1e6 * times["step_s"], 1),
+                "replay_us": round(1e6 * times["replay_s"], 1) or "",
+                "first_token_ms": round(1e3 * times["first_token_s"], 2) or "",
+                "bytes": n_bytes,
+                "share_of_copy": round(n_bytes / times["step_s"] / 1e9 / gbps, 3),
+                "agreement": round((told == expected).double().mean().item(), 3),
+                "copy_gbps": round(gbps),
+                "dtype": str(dtype).removeprefix("torch."),
+            }
+        )
+        gc.collect()
+    return rows
+
+
+@torch.no_grad()
+def bench_context(
+    shape: Shape, device: torch.device, dtype: torch.dtype, make: Callable[[str], LanguageModel]
+) -> list[dict]:
+    """Tokens per second of one row after so many tokens, with a cache and by reading everything again."""
+    rows = []
+    kernels = "triton" if device.type == "cuda" else "torch"
+    model = make(kernels)
+    longest = min(model.context_len, 2048)
+    engine = new_engine(model, shape._replace(prompt=longest - 40, new_tokens=32, batch=1), KINDS["triton + graph"])
+    for context in [n for n in (16, 64, 256, 512, 1024, 2000) if n <= longest - 40]:
+        mine = shape._replace(prompt=context, new_tokens=32, batch=1)
+        cached = time_engine(engine, mine)["step_s"]
+        words = torch.tensor(prompts(mine), device=device)
+        for _ in range(3):
+            model.logits(model.trunk(words)[:, -1])
+        synchronize(device)
+        began = time.perf_counter()
+        for _ in range(10):
+            model.logits(model.trunk(words)[:, -1]).argmax(-1).tolist()
+        again = (time.perf_counter() - began) / 10
+        for name, seconds in (("cache", cached), ("no cache", again)):
+            rows.append(
+                {"model": shape.model, "arch": shape.arch, "kernels": kernels, "context": context, "candidate": name}
+                | {"tokens_per_s": round(1 / seconds, 1), "step_us": round(1e6 * seconds, 1)}
+            )
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    heads = ("tokens/s", "step µs", "replay µs", "first ms", "of copy", "agree")
+    keys = ("tokens_per_s", "step_us", "replay_us", "first_token_ms", "share_of_copy", "agreement")
+    print(f"\n{rows[0]['model']} {rows[0]['arch']}, V {rows[0]['vocab_size']}, {rows[0]['batch']} rows")
+    print(f"  {'':16}" + "".join(f"{head:>11}" for head in heads))
+    for row in rows:
+        print(
+            f"  {row['candidate']:16}" + "".join(f"{row[key] if row[key] != '' else '–':>11}" for key in keys),
+            flush=True,
+        )
+
+
+def draw(rows: list[dict[str, str]], path: Path) -> None:
+    """One group of bars for each model and number of rows: tokens per second, and share of copy."""
+    groups = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
+    names = [name for name in KINDS if any(row["candidate"] == name for row in rows)]
+    figure, axes = plt.subplots(2, 1, figsize=(10, 7), sharex=True)
+    width = 0.8 / len(names)
+    for axis, (key, label) in zip(axes, (("tokens_per_s", "tokens per second"), ("share_of_copy", "share of copy"))):
+        for i, name in enumerate(names):
+            mine = {(row["model"], row["batch"]): float(row[key]) for row in rows if row["candidate"] == name}
+            places = [(j + (i - (len(names) - 1) / 2) * width, mine[g]) for j, g in enumerate(groups) if g in mine]
+            axis.bar([x for x, _ in places], [y for _, y in places], width, label=name, color=COLOUR_OF[name])
+        axis.set_ylabel(label)
+        axis.grid(axis="y", lw=0.3)
+    axes[0].set_yscale("log")
+    axes[1].set_ylim(0, 1)
+    axes[0].legend(ncol=len(names), frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.15))
+    axes[-1].set_xticks(range(len(groups)), [f"{model}\n{batch} rows" for model, batch in groups])
+    finish_figure(figure, rows[0], path)
+
+
+def draw_context(rows: list[dict[str, str]], path: Path) -> None:
+    """Tokens per second over context, with and without a cache."""
+    figure, axis = plt.subplots(figsize=(8, 4.5))
+    for model in dict.fromkeys(row["model"] for row in rows):
+        for name, style in (("cache", "-o"), ("no cache", "--o")):
+            mine = [row for row in rows if (row["model"], row["candidate"]) == (model, name)]
+            places = [float(row["context"]) for row in mine], [float(row["tokens_per_s"]) for row in mine]
+            axis.plot(*places, style, label=f"{model}, {name}", ms=3)
+    axis.set_xlabel("tokens of context")
+    axis.set_ylabel("tokens per second, one row")
+    axis.set_yscale("log")
+    axis.set_xscale("log", base=2)
+    axis.grid(lw=0.3)
+    axis.legend(frameon=False)
+    finish_figure(figure, rows[0], path)
+
+
+def finish_figure(figure: plt.Figure, card: dict[str, str], path: Path) -> None:
+    text = f"{card['device']}, torch {card['torch']}, triton {card['triton']}, commit {card['commit']}"
+    figure.text(0.99, 0.005, text, ha="right", fontsize=7)
+    figure.tight_layout(rect=(0, 0.015, 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=VOCAB, action="append", help="default: all")
+    parser.add_argument("--batch", type=int, action="append", help="rows; default: 1")
+    parser.add_argument("--arch", choices=("plain", "nanochat2026"), default="plain")
+    parser.add_argument("--ckpt", type=Path, help="a run or checkpoint instead of random weights")
+    parser.add_argument("--candidate", choices=KINDS, action="append", help="default: torch, triton, triton + graph")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
+    parser.add_argument("--small", action="store_true", help="models of a moment, to see that all of it works")
+    parser.add_argument("--context", action="store_true", help="over the length of the context instead")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figure")
+    parser.add_argument("--commit", help="what is timed, where git cannot say")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
+    names = args.candidate or ["torch", "triton", "triton + graph"]
+    if device.type == "cpu":
+        print("no GPU: plain PyTorch alone is timed, as Triton's interpreter would say nothing of our kernels")
+        names = [name for name in args.candidate or ["torch"] if KINDS[name].kernels == "torch"]
+    card, rows, gbps = machine_card(device), [], copy_gbps(device)
+    card["commit"] = args.commit or card["commit"]
+    name = "decode_context" if args.context else "decode"
+    for shape in shapes(args.model or list(VOCAB), args.batch or [1], args.arch, args.small):
+
+        def make(kernels: str, shape: Shape = shape) -> LanguageModel:
+            if args.ckpt is not None:
+                return saved_model(args.ckpt, kernels, device, dtype)
+            return random_model(shape, kernels, device, dtype)
+
+        if args.context:
+            rows += bench_context(shape, device, dtype, make)
+            print("\n".join(f"{r['model']} {r['context']:5} {r['candidate']:9} {r['tokens_per_s']:10}" for r in rows))
+        else:
+            rows += bench_shape(shape, names, device, dtype, make, gbps)
+            print_table(rows[-len(names) :])
+        write_csv(rows, card, args.out / f"{name}.csv")  # after each: a bench that is stopped leaves what it has
+        torch._dynamo.reset()
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    drawn = [{key: str(value) for key, value in (row | card).items()} for row in rows]
+    (draw_context if args.context else draw)(drawn, args.figures / f"{name}.png")
+    print(f"\nwritten to {args.out / name}.csv, drawn in {args.figures / name}.png")
+
+
+if __name__ == "__main__":
+    main()
