@@ -136,7 +136,8 @@ def check_hardware(hardware: HardwareConfig) -> None:
         raise KestrelError("infer.py runs as one process: start it with python instead of torchrun")
     if hardware.compile:
         raise KestrelError("hardware.compile=true is for training: infer.py runs the model as it is, leave it out")
-    for key, usual in (("cuda_graph", "auto"), ("reduce_dtype", "float32"), ("recompute", []), ("profile", False)):
+    usuals = dict(fp8=False, cuda_graph="auto", reduce_dtype="float32", recompute=[], profile=False)
+    for key, usual in usuals.items():
         if (value := getattr(hardware, key)) != usual:
             raise KestrelError(f"hardware.{key} is for training: infer.py has no use for {value}, leave it out")
     if hardware.device_batch_size != -1:

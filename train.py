@@ -13,7 +13,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 
 import csv
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from data.tokenizer import Tokenizer
 from errors import KestrelError
 from model import LanguageModel, build, config_to_dict, cost
 from model.cuda_graphs import CudaGraphs
+from model.layers.fp8 import MULTIPLE, load_fp8, train_in_fp8
 from model.ops import Ops, chosen_backends, describe_ops, load_ops
 from optim.groups import parameter_groups
 from optim.muon_adamw import MuonAdamW
@@ -89,7 +90,7 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
         directory.path, run.stage, settings(run), model, optimizer, tokenizer, val_shards, horizon, state, reporter,
         device,
     )  # fmt: skip
-    step = new_step(run, model, optimizer, horizon, device)
+    step = new_step(run, model, optimizer, horizon, device, prepare=use_fp8(run, model, horizon, device))
     profile = new_profile(run, directory, horizon, state, reporter, device)
     try:
         trained = state.step < horizon.num_iterations
@@ -187,6 +188,8 @@ def restore(start: Path | None, model: LanguageModel, optimizer: MuonAdamW, devi
     if start is None:
         return TrainState()
     saved = checkpoint.read_checkpoint(start)
+    if "quant" in saved.config:
+        raise KestrelError(f"{start} is quantised, to be read only: go on from the checkpoint that it was made from")
     weights = dict(model.named_parameters())
     tensors = checkpoint.load_tensors(start, "model", checkpoint.spec_of(weights), device.device)
     with torch.no_grad():
@@ -217,10 +220,34 @@ def training_batches(
     )
 
 
-def new_step(run: RunConfig, model: LanguageModel, optimizer: MuonAdamW, horizon: Horizon, device: Device) -> Step:
+def use_fp8(run: RunConfig, model: LanguageModel, horizon: Horizon, device: Device) -> Callable[[], None] | None:
+    """From now on train with 8-bit products, if that is wanted. → what every step begins with"""
+    if not run.hardware.fp8:
+        return None
+    rows, length = horizon.device_batch_size, run.model.sequence_len
+    if rows * length % MULTIPLE != 0:
+        raise KestrelError(
+            f"hardware.fp8=true needs a multiple of {MULTIPLE} tokens at a time, got {rows} rows of {length}: "
+            "change hardware.device_batch_size or model.sequence_len"
+        )
+    fp8 = train_in_fp8(model, load_fp8(run.kernels, device.device))
+    print_main(fp8.describe())
+    return fp8.refresh
+
+
+def new_step(
+    run: RunConfig,
+    model: LanguageModel,
+    optimizer: MuonAdamW,
+    horizon: Horizon,
+    device: Device,
+    prepare: Callable[[], None] | None = None,
+) -> Step:
     """What the device does in a step: started kernel by kernel, or captured in CUDA graphs."""
     forward = torch.compile(model, dynamic=False) if run.hardware.compile else model
-    options = dict(accumulation=horizon.accumulation, device=device.device, grad_clip=run.optim.grad_clip)
+    options = dict(
+        accumulation=horizon.accumulation, device=device.device, grad_clip=run.optim.grad_clip, prepare=prepare
+    )
     if not device.cuda_graph:
         return Step(forward, optimizer, **options)
     return CapturedStep(forward, optimizer, capture=CudaGraphs(), capture_update=device.world_size == 1, **options)
@@ -266,6 +293,7 @@ def new_reporter(
             "dtype": str(device.dtype),
             "ranks": device.world_size,
             "cuda_graph": device.cuda_graph,
+            "fp8": run.hardware.fp8,
             "seed": run.seed,
             "kernels": chosen_backends(run.kernels),
         }

@@ -1,11 +1,12 @@
 """The whole training step: `python -m bench.train_step` writes bench/results/train_step.csv and draws it.
 
-Candidates are plain PyTorch, the same under torch.compile, our kernels, and our kernels in CUDA graphs. All of one
-shape are in memory together and take turns of a few steps, so that a clock that drifts meets all of them alike; the
-first step of a turn is not counted. Forward and backward pass and the optimizer are timed between events on the GPU, so
-what the host does not keep up with is in them. Tokens per second are those of whole steps, one after the other. Peak
-memory is what a candidate adds to what was there. The wait is that of a process of its own, from its start to the end
-of the first step: imports, first values, compiling, with the caches on disk as they are.
+Candidates are plain PyTorch, the same under torch.compile, our kernels, our kernels in CUDA graphs, and both of these
+with fp8 products where the GPU has them. All of one shape are in memory together and take turns of a few steps, so that
+a clock that drifts meets all of them alike; the first step of a turn is not counted. Forward and backward pass and the
+optimizer are timed between events on the GPU, so what the host does not keep up with is in them. Tokens per second are
+those of whole steps, one after the other. Peak memory is what a candidate adds to what was there. The wait is that of a
+process of its own, from its start to the end of the first step: imports, first values, compiling, with the caches on
+disk as they are.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from config import compose
 from data.batches import Batch
 from model import LanguageModel, build, cost
 from model.cuda_graphs import CudaGraphs
+from model.layers.fp8 import load_fp8, train_in_fp8
 from model.ops import KernelConfig, load_ops
 from optim.groups import MuonAdamWConfig, parameter_groups
 from optim.muon_adamw import MuonAdamW
@@ -50,6 +52,7 @@ class Kind(NamedTuple):
     kernels: str
     compile: bool = False
     graph: bool = False
+    fp8: bool = False
 
 
 KINDS = {
@@ -57,8 +60,10 @@ KINDS = {
     "torch.compile": Kind("torch", compile=True),
     "triton": Kind("triton"),
     "triton + graph": Kind("triton", graph=True),
+    "triton + fp8": Kind("triton", fp8=True),
+    "triton + fp8 + graph": Kind("triton", graph=True, fp8=True),
 }
-COLOUR_OF = COLOURS | {"triton + graph": "#8e2f20"}
+COLOUR_OF = COLOURS | {"triton + graph": "#8e2f20", "triton + fp8": "#6a4c93", "triton + fp8 + graph": "#3b2a55"}
 
 
 class Shape(NamedTuple):
@@ -98,7 +103,8 @@ class Candidate:
         groups = parameter_groups(self.model, MuonAdamWConfig(), n_embd=self.model.config.n_embd)
         optimizer = MuonAdamW(groups, ops, compute_dtype=dtype, copies=self.model.keep_copies())
         forward = torch.compile(self.model, dynamic=False) if kind.compile else self.model
-        options = dict(accumulation=1, device=device)
+        fp8 = train_in_fp8(self.model, load_fp8(KernelConfig(backend=kind.kernels), device)) if kind.fp8 else None
+        options = dict(accumulation=1, device=device, prepare=fp8 and fp8.refresh)
         if kind.graph:
             self.step = CapturedStep(forward, optimizer, capture=CudaGraphs(), **options)
         else:
@@ -307,7 +313,8 @@ def main() -> None:
             torch.cuda.synchronize(device)
         print(time.time())
         return
-    names = args.candidate or list(KINDS)
+    has_fp8 = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    names = args.candidate or [name for name, kind in KINDS.items() if has_fp8 or not kind.fp8]
     if device.type == "cpu":
         print("no GPU: plain PyTorch alone is timed, as Triton's interpreter would say nothing of our kernels")
         names = ["torch"]

@@ -1,17 +1,20 @@
-"""kernels_torch.fp8 with passes that write 8-bit numbers both ways at once. For the arithmetic and its bounds see there.
+"""kernels_torch.fp8 with as few passes over memory as it takes. For the arithmetic and its bounds see there.
 
 How often a value of each tensor moves through memory, in bytes, beside what the products read and write themselves:
 
-    x after a norm             2 read, 1 + 1 written (values and transpose)              4
+    x after a norm             2 read, values and transpose written                      4
     x of elsewhere, dy         2 read to measure, then the same                          6
-    z of relu² (bf16)          2 read, relu(z)² 1 + 1 written                            4
-    dh of relu² (bf16)         2 read, relu(z)² from its transpose 1, dz 1 + 1 written   5
+    relu² and its gradient     rounded where they are made (fp8_matmul.py)               0
+                               or by a pass after cuBLAS                                 3 and 4
+    their transposes           1 read and 1 written each, in the backward pass           2 and 2
 
 Measuring takes the largest value and the largest row norm as the bits of non-negative floats, whose order is that of
 integers, by integer atomics: exact whatever the order, and NaN, whose bits are above all others, is not lost.
 
-A pass has four tiles of rows 4i, 4i + 1, 4i + 2 and 4i + 3 in registers. The four bytes of a column are put together to
-one word before the tile is turned: so the transposition goes by words and not by bytes, and its rows are stored in words.
+A pass that turns a tile has its rows 4i, 4i + 1, 4i + 2 and 4i + 3 in four registers. The four bytes of a column are put
+together to one word before the tile is turned: so the transposition goes by words and its rows are stored in words. Where
+values are rounded, a word is made from four fp32 numbers and not from the bytes that are stored: ptxas 12.8 loses bytes
+that are taken out of what it converts and stores in pairs.
 
 Weights are measured and rounded all in two launches, by a table of their addresses (tables.py).
 """
@@ -27,32 +30,52 @@ from torch.autograd.function import FunctionCtx
 
 from kernels_torch.fp8 import E4M3, E5M2, TOP, Fp8, as_rows, check_linear, empty_weight, product
 from kernels_triton.autograd import differentiable_once
-from kernels_triton.launch import Tile, ceil_div, check_gpu, launch, n_processors, next_power_of_two
+
+from kernels_triton.fp8_matmul import (  # isort: skip
+    bits_of, fuses_fp8, gradient_bound, matmul_relu2_fp8, matmul_relu2_grad_fp8, note, unit_of,
+)
+from kernels_triton.launch import INTERPRETED, Tile, ceil_div, check_gpu, launch, n_processors, next_power_of_two
 from kernels_triton.primitives import relu2, relu2_grad
 from kernels_triton.rows import values_side_by_side
 from kernels_triton.tables import table_of
 
 __all__ = ["Fp8", "empty_weight", "fp8_linear", "fp8_relu2_mlp", "fp8_weights"]
 
-# Not measured yet. BT: words of four rows.
-MEASURE, MEASURE_VALUES, STAY = 4, 4096, 8   # warps, values at a time, programs a processor
+# Not measured yet: warps, values at a time, programs a processor.
+MEASURE, MEASURE_VALUES, STAY = 4, 2048, 16
+# BT: words of four rows. H200, bf16, 65536 × 768: 56 µs (a copy of as many bytes 52); (32, 64, 4) 58, (32, 128, 8) 57.
+# 32768 × 1280: 49 (43). Turning 65536 × 3072 bytes: 114 µs, 32768 × 5120: 95; (32, 128, 4) 112 and 94.
 PASS = Tile(BT=16, BD=128, warps=4)
-COLUMNS = 11  # of the table of weights
+BLOCK, WARPS = 2048, 4  # values at a time where nothing is turned
 
 
 @triton.jit
-def _unit_of(b_bits, TOP: tl.constexpr):
-    """Bits of a bound → the unit: kernels_torch.fp8.unit_of."""
-    exponent = (b_bits >> 23) - 127 - TOP
-    exponent = tl.minimum(tl.maximum(exponent, -126), 126)
-    unit = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
-    return tl.where(b_bits >= 0x7F800000, float("nan"), unit)
-
-
-@triton.jit
-def _encode(b_x, scale, dtype: tl.constexpr):
-    """In units; the conversion itself would turn infinity into the largest value."""
-    return tl.where(tl.abs(b_x) < float("inf"), b_x * scale, float("nan")).to(dtype)
+def _word(b_0, b_1, b_2, b_3, dtype: tl.constexpr, ASM: tl.constexpr):
+    """Four fp32 numbers as 8-bit ones in a word, the first in its lowest byte. The interpreter knows no assembly."""
+    if not ASM:
+        b_01 = _byte(b_0.to(dtype), 0) | _byte(b_1.to(dtype), 1)
+        b_word = b_01 | _byte(b_2.to(dtype), 2) | _byte(b_3.to(dtype), 3)
+    elif dtype == tl.float8e4nv:
+        b_word = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e4m3x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e4m3x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,r,r,r,r", [b_0, b_1, b_2, b_3], dtype=tl.int32, is_pure=True, pack=1,
+        )
+    else:
+        b_word = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            cvt.rn.satfinite.e5m2x2.f32 low, $2, $1;
+            cvt.rn.satfinite.e5m2x2.f32 high, $4, $3;
+            mov.b32 $0, {low, high};
+            }""",
+            "=r,r,r,r,r", [b_0, b_1, b_2, b_3], dtype=tl.int32, is_pure=True, pack=1,
+        )
+    return b_word
 
 
 @triton.jit
@@ -62,37 +85,21 @@ def _byte(b_q, j: tl.constexpr):
 
 
 @triton.jit
-def _of_byte(b_words, j: tl.constexpr):
-    """Byte j of words as the e4m3 number it is, not negative, in fp32.
-
-    Not by a conversion: the compiler would then turn a tile byte by byte rather than word by word.
-    """
-    b = (b_words >> (8 * j)) & 0xFF
-    return tl.where(b == 0x7F, float("nan"), (b << 20).to(tl.float32, bitcast=True) * 2.0**120)
-
-
-@triton.jit
-def _bits(b_x):
-    """Of |x|: in the order of the values, NaN above all."""
-    return b_x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
-
-
-@triton.jit
 def _measure_rows(x, peaks, i_first, n_step, stride_x, N, D, BT: tl.constexpr, BD: tl.constexpr):
     """peaks [2]: bits of the largest value and of the largest sum of squares of a row, of tiles i_first, i_first + n_step, …"""
     o_d = tl.arange(0, BD)
-    b_largest = tl.zeros([BT, BD], dtype=tl.int32)                                                      # [BT, BD]
+    b_largest = tl.zeros([BT], dtype=tl.int32)                                                          # [BT]
     b_rows = tl.zeros([BT], dtype=tl.int32)                                                             # [BT]
     for i_t in range(i_first, tl.cdiv(N, BT), n_step):
         o_t = i_t * BT + tl.arange(0, BT).to(tl.int64)
-        b_squares = tl.zeros([BT, BD], dtype=tl.float32)                                                # [BT, BD]
+        b_squares = tl.zeros([BT], dtype=tl.float32)                                                    # [BT]
         for i_d in range(0, D, BD):
             m = (o_t < N)[:, None] & (i_d + o_d < D)[None, :]
             b_x = tl.load(x + o_t[:, None] * stride_x + (i_d + o_d)[None, :], mask=m, other=0.0).to(tl.float32)
-            b_largest = tl.maximum(b_largest, _bits(b_x))
-            b_squares += b_x * b_x
-        b_rows = tl.maximum(b_rows, _bits(tl.sum(b_squares, 1)))
-    tl.atomic_max(peaks, tl.max(tl.max(b_largest, 1), 0), sem="relaxed")
+            b_largest = tl.maximum(b_largest, tl.max(bits_of(b_x), 1))
+            b_squares += tl.sum(b_x * b_x, 1)
+        b_rows = tl.maximum(b_rows, bits_of(b_squares))
+    tl.atomic_max(peaks, tl.max(b_largest, 0), sem="relaxed")
     tl.atomic_max(peaks + 1, tl.max(b_rows, 0), sem="relaxed")
 
 
@@ -110,8 +117,18 @@ def _measure_kernel(x, peaks, stride_x, N, D, BT: tl.constexpr, BD: tl.constexpr
 
 
 @triton.jit
+def _quantize_rows(x, values, scale, stride_x, stride_values, o_t, o_d, m):
+    """Rows o_t of a tile, stored, and in units [BT, BD]; NaN for what is not finite: conversion would make it the largest."""
+    b_x = tl.load(x + o_t[:, None] * stride_x + o_d[None, :], mask=m, other=0.0).to(tl.float32)         # [BT, BD]
+    b_x = tl.where(tl.abs(b_x) < float("inf"), b_x * scale, float("nan"))
+    tl.store(values + o_t[:, None] * stride_values + o_d[None, :], b_x.to(values.dtype.element_ty), mask=m)
+    return b_x
+
+
+@triton.jit
 def _quantize_tile(
-    x, values, turned, scale, stride_x, stride_values, stride_turned, i_t, i_d, W, D, BT: tl.constexpr, BD: tl.constexpr,
+    x, values, turned, scale, stride_x, stride_values, stride_turned, i_t, i_d, W, D,
+    ASM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     """4 BT rows and BD columns of a matrix of W rows of words; turned and its stride as words, too.
 
@@ -120,14 +137,12 @@ def _quantize_tile(
     o_w, o_d = i_t * BT + tl.arange(0, BT), i_d * BD + tl.arange(0, BD)
     m_w, m_d = o_w < W, o_d < D
     m = m_w[:, None] & m_d[None, :]
-    b_words = tl.zeros([BT, BD], dtype=tl.int32)                                                        # [BT, BD]
-    for j in tl.static_range(4):
-        o_t = 4 * o_w + j
-        b_x = tl.load(x + o_t[:, None] * stride_x + o_d[None, :], mask=m, other=0.0).to(tl.float32)     # [BT, BD]
-        b_q = _encode(b_x, scale, values.dtype.element_ty)                                              # [BT, BD]
-        tl.store(values + o_t[:, None] * stride_values + o_d[None, :], b_q, mask=m)
-        b_words |= _byte(b_q, j)
+    b_0 = _quantize_rows(x, values, scale, stride_x, stride_values, 4 * o_w, o_d, m)                    # [BT, BD]
+    b_1 = _quantize_rows(x, values, scale, stride_x, stride_values, 4 * o_w + 1, o_d, m)                # [BT, BD]
+    b_2 = _quantize_rows(x, values, scale, stride_x, stride_values, 4 * o_w + 2, o_d, m)                # [BT, BD]
+    b_3 = _quantize_rows(x, values, scale, stride_x, stride_values, 4 * o_w + 3, o_d, m)                # [BT, BD]
     if turned is not None:
+        b_words = _word(b_0, b_1, b_2, b_3, values.dtype.element_ty, ASM)                               # [BT, BD]
         p_turned = turned + o_d[:, None].to(tl.int64) * stride_turned + o_w[None, :]
         tl.store(p_turned, tl.trans(b_words), mask=m_w[None, :] & m_d[:, None])
 
@@ -135,80 +150,59 @@ def _quantize_tile(
 @triton.jit
 def _quantize_kernel(
     x, values, turned, facts, peaks, stride_x, stride_values, stride_turned, W, D, width,
-    UNIT: tl.constexpr, NORM: tl.constexpr, TOP: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    UNIT: tl.constexpr, NORM: tl.constexpr, TOP: tl.constexpr, ASM: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     """facts [2] as well: from what was measured of rows of `width` values, or as given."""
     n_d = tl.cdiv(D, BD)
     i_t, i_d = tl.program_id(0).to(tl.int64) // n_d, tl.program_id(0) % n_d
     if peaks is not None:
-        unit, norm = _unit_of(tl.load(peaks), TOP), _norm_of(peaks, width)
+        unit, norm = unit_of(tl.load(peaks), TOP), _norm_of(peaks, width)
     else:
         unit, norm = tl.full([], UNIT, tl.float32), tl.full([], NORM, tl.float32)
-    _quantize_tile(x, values, turned, 1.0 / unit, stride_x, stride_values, stride_turned, i_t, i_d, W, D, BT, BD)
-    if (tl.program_id(0) == 0) & (facts is not None):
-        tl.store(facts, unit)
-        tl.store(facts + 1, norm)
+    _quantize_tile(x, values, turned, 1.0 / unit, stride_x, stride_values, stride_turned, i_t, i_d, W, D, ASM, BT, BD)
+    if facts is not None:
+        note(facts, unit, norm)
 
 
 @triton.jit
-def _relu2_kernel(
-    z, values, turned, facts, x_facts, up_facts, W, F,
-    TOP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
-):
-    """a = relu(z)² [N, F], z as a product leaves it. facts [2]: the unit of a, and the bound of z."""
-    n_f = tl.cdiv(F, BF)
-    i_t, i_f = tl.program_id(0).to(tl.int64) // n_f, tl.program_id(0) % n_f
-    bound = tl.load(x_facts + 1) * tl.load(up_facts + 1)
-    unit = _unit_of(_bits(bound * bound), TOP)
-    scale = 1.0 / unit
-    o_w, o_f = i_t * BT + tl.arange(0, BT), i_f * BF + tl.arange(0, BF)
-    m_w, m_f = o_w < W, o_f < F
-    m = m_w[:, None] & m_f[None, :]
-    b_words = tl.zeros([BT, BF], dtype=tl.int32)                                                        # [BT, BF]
+def _turn_kernel(x, turned, W, D, BT: tl.constexpr, BD: tl.constexpr):
+    """Bytes x [4 W, D] → words [D, W]."""
+    n_d = tl.cdiv(D, BD)
+    i_t, i_d = tl.program_id(0).to(tl.int64) // n_d, tl.program_id(0) % n_d
+    o_w, o_d = i_t * BT + tl.arange(0, BT), i_d * BD + tl.arange(0, BD)
+    m_w, m_d = o_w < W, o_d < D
+    m = m_w[:, None] & m_d[None, :]
+    b_words = tl.zeros([BT, BD], dtype=tl.int32)                                                        # [BT, BD]
     for j in tl.static_range(4):
-        o = (4 * o_w + j)[:, None] * F + o_f[None, :]
-        b_a = relu2(tl.load(z + o, mask=m, other=0.0).to(tl.float32))                                   # [BT, BF]
-        b_q = _encode(b_a, scale, values.dtype.element_ty)                                              # [BT, BF]
-        tl.store(values + o, b_q, mask=m)
-        b_words |= _byte(b_q, j)
-    if turned is not None:
-        p_turned = turned + o_f[:, None].to(tl.int64) * W + o_w[None, :]
-        tl.store(p_turned, tl.trans(b_words), mask=m_w[None, :] & m_f[:, None])
-    if tl.program_id(0) == 0:
-        tl.store(facts, unit)
-        tl.store(facts + 1, bound)
+        b_x = tl.load(x + (4 * o_w + j)[:, None] * D + o_d[None, :], mask=m, other=0)                   # [BT, BD]
+        b_words |= b_x.to(tl.int32) << (8 * j)
+    p_turned = turned + o_d[:, None].to(tl.int64) * W + o_w[None, :]
+    tl.store(p_turned, tl.trans(b_words), mask=m_w[None, :] & m_d[:, None])
+
+
+@triton.jit
+def _relu2_kernel(z, a, facts, x_facts, up_facts, n, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    """a = relu(z)². facts [2]: the unit of a, and the bound of z."""
+    bound = tl.load(x_facts + 1) * tl.load(up_facts + 1)
+    unit = unit_of(bits_of(bound * bound), TOP)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_a = relu2(tl.load(z + o, mask=o < n, other=0.0).to(tl.float32))                                   # [BLOCK]
+    tl.store(a + o, (b_a * (1.0 / unit)).to(a.dtype.element_ty), mask=o < n)
+    note(facts, unit, bound)
 
 
 @triton.jit
 def _relu2_grad_kernel(
-    dh, a_turned, values, turned, facts, a_facts, dy_facts, down_facts, W, F, D,
-    TOP: tl.constexpr, DOWN_TOP: tl.constexpr, BT: tl.constexpr, BF: tl.constexpr,
+    dh, a, dz, facts, a_facts, dy_facts, down_facts, n, D, TOP: tl.constexpr, DOWN_TOP: tl.constexpr, BLOCK: tl.constexpr,
 ):
-    """dz = 2 √a dh [N, F], from the transpose of a in words. facts [2]: the unit of dz, and its bound."""
-    n_f = tl.cdiv(F, BF)
-    i_t, i_f = tl.program_id(0).to(tl.int64) // n_f, tl.program_id(0) % n_f
-    down = tl.load(down_facts) * (2.0 * DOWN_TOP)
-    bound = 2.0 * tl.load(a_facts + 1) * (tl.load(dy_facts + 1) * tl.sqrt_rn(D.to(tl.float32))) * down
-    unit = _unit_of(_bits(bound), TOP)
-    scale, a_unit = 1.0 / unit, tl.load(a_facts)
-    o_w, o_f = i_t * BT + tl.arange(0, BT), i_f * BF + tl.arange(0, BF)
-    m_w, m_f = o_w < W, o_f < F
-    m, m_turned = m_w[:, None] & m_f[None, :], m_w[None, :] & m_f[:, None]
-    o_turned = o_f[:, None].to(tl.int64) * W + o_w[None, :]
-    b_a = tl.trans(tl.load(a_turned + o_turned, mask=m_turned, other=0))                                     # [BT, BF]
-    b_words = tl.zeros([BT, BF], dtype=tl.int32)                                                        # [BT, BF]
-    for j in tl.static_range(4):
-        o = (4 * o_w + j)[:, None] * F + o_f[None, :]
-        b_dh = tl.load(dh + o, mask=m, other=0.0).to(tl.float32)                                        # [BT, BF]
-        b_dz = relu2_grad(b_dh, _of_byte(b_a, j) * a_unit)                                              # [BT, BF]
-        b_q = _encode(b_dz, scale, values.dtype.element_ty)                                             # [BT, BF]
-        tl.store(values + o, b_q, mask=m)
-        b_words |= _byte(b_q, j)
-    if turned is not None:
-        tl.store(turned + o_turned, tl.trans(b_words), mask=m_turned)
-    if tl.program_id(0) == 0:
-        tl.store(facts, unit)
-        tl.store(facts + 1, bound)
+    """dz = 2 √a dh. facts [2]: the unit of dz, and its bound."""
+    bound = gradient_bound(a_facts, dy_facts, down_facts, D, DOWN_TOP)
+    unit = unit_of(bits_of(bound), TOP)
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    b_dh = tl.load(dh + o, mask=o < n, other=0.0).to(tl.float32)                                        # [BLOCK]
+    b_a = tl.load(a + o, mask=o < n, other=0.0).to(tl.float32) * tl.load(a_facts)                       # [BLOCK]
+    tl.store(dz + o, (relu2_grad(b_dh, b_a) * (1.0 / unit)).to(dz.dtype.element_ty), mask=o < n)
+    note(facts, unit, bound)
 
 
 @triton.jit
@@ -231,7 +225,8 @@ def _measure_weights_kernel(table, x, peaks, n, BN: tl.constexpr, BT: tl.constex
 
 @triton.jit
 def _quantize_weights_kernel(
-    table, x, values, turned, peaks, facts, n, TOP: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    table, x, values, turned, peaks, facts, n,
+    TOP: tl.constexpr, ASM: tl.constexpr, BN: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     """x, values, turned, peaks and facts give their types only."""
     row = _row_of(table, n, 10, BN)
@@ -242,8 +237,8 @@ def _quantize_weights_kernel(
     D = tl.multiple_of(tl.load(row + 6), 16)
     i = tl.program_id(0) - tl.load(row + 10)
     i_t, i_d = i // tl.cdiv(D, BD), i % tl.cdiv(D, BD)
-    unit, norm = _unit_of(tl.load(peaks), TOP), _norm_of(peaks, D)
-    _quantize_tile(x, values, turned, 1.0 / unit, D, D, stride_turned, i_t, i_d, W, D, BT, BD)
+    unit, norm = unit_of(tl.load(peaks), TOP), _norm_of(peaks, D)
+    _quantize_tile(x, values, turned, 1.0 / unit, D, D, stride_turned, i_t, i_d, W, D, ASM, BT, BD)
     if i == 0:  # matrices of a group write the same
         tl.store(facts, unit)
         tl.store(facts + 1, norm)
@@ -293,37 +288,52 @@ def quantize(
         launch(
             _quantize_kernel, grid, x=part, values=values, turned=across, facts=q.facts if first == 0 else None,
             peaks=peaks, stride_x=part.stride(0), stride_values=sum(widths), stride_turned=N // 4, W=N // 4, D=D,
-            width=sum(widths), UNIT=unit, NORM=norm, TOP=TOP[dtype], BT=PASS.BT, BD=PASS.BD, num_warps=PASS.warps,
+            width=sum(widths), UNIT=unit, NORM=norm, TOP=TOP[dtype], ASM=not INTERPRETED, BT=PASS.BT, BD=PASS.BD,
+            num_warps=PASS.warps,
         )
         first += D
     return q
 
 
-def _relu2(z: Tensor, x_facts: Tensor, up_facts: Tensor, turned: bool) -> Fp8:
-    """z [N, F], contiguous → relu(z)² in e4m3."""
-    N, F = z.shape
-    q = _empty_fp8(N, F, E4M3, z.device, turned)
+def turn(values: Tensor) -> Tensor:
+    """[N, D] in 8 bits → its transpose in one piece."""
+    N, D = values.shape
+    turned = torch.empty((D, N), dtype=values.dtype, device=values.device)
     if N > 0:
         launch(
-            _relu2_kernel, (ceil_div(N, 4 * PASS.BT) * ceil_div(F, PASS.BD),), z=z, values=q.values,
-            turned=_words(q.turned), facts=q.facts, x_facts=x_facts, up_facts=up_facts, W=N // 4, F=F, TOP=TOP[E4M3],
-            BT=PASS.BT, BF=PASS.BD, num_warps=PASS.warps,
+            _turn_kernel, (ceil_div(N, 4 * PASS.BT) * ceil_div(D, PASS.BD),), x=values.view(torch.uint8),
+            turned=_words(turned), W=N // 4, D=D, BT=PASS.BT, BD=PASS.BD, num_warps=PASS.warps,
         )
-    return q
+    return turned
 
 
-def _relu2_grad(dh: Tensor, a_turned: Tensor, a_facts: Tensor, dy_facts: Tensor, down_facts: Tensor, D: int, turned: bool) -> Fp8:
-    """dh [N, F], contiguous → dz in e5m2."""
-    N, F = dh.shape
-    q = _empty_fp8(N, F, E5M2, dh.device, turned)
-    if N > 0:
+def _relu2(q: Fp8, up: Tensor, up_facts: Tensor, dtype: torch.dtype) -> Fp8:
+    """relu(x W_upᵀ)² [N, F] in e4m3, not turned; with it the bound of x W_upᵀ in the place of a norm."""
+    if fuses_fp8(q.values, up):
+        return Fp8(*matmul_relu2_fp8(q.values, up, q.facts, up_facts))
+    z = product(q.values, up, q.facts, up_facts, dtype, fast=True)
+    a = _empty_fp8(*z.shape, E4M3, z.device, turned=False)
+    if z.numel() > 0:
         launch(
-            _relu2_grad_kernel, (ceil_div(N, 4 * PASS.BT) * ceil_div(F, PASS.BD),), dh=dh, a_turned=_words(a_turned),
-            values=q.values, turned=_words(q.turned), facts=q.facts, a_facts=a_facts, dy_facts=dy_facts,
-            down_facts=down_facts, W=N // 4, F=F, D=D, TOP=TOP[E5M2], DOWN_TOP=2.0 ** TOP[E4M3], BT=PASS.BT, BF=PASS.BD,
-            num_warps=PASS.warps,
+            _relu2_kernel, (ceil_div(z.numel(), BLOCK),), z=z, a=a.values, facts=a.facts, x_facts=q.facts,
+            up_facts=up_facts, n=z.numel(), TOP=TOP[E4M3], BLOCK=BLOCK, num_warps=WARPS,
         )
-    return q
+    return a
+
+
+def _relu2_grad(d: Fp8, down_turned: Tensor, down_facts: Tensor, a: Tensor, a_facts: Tensor, dtype: torch.dtype) -> Fp8:
+    """dz = 2 √a · (dy W_down) [N, F] in e5m2, not turned."""
+    if fuses_fp8(d.values, down_turned):
+        return Fp8(*matmul_relu2_grad_fp8(d.values, down_turned, a, d.facts, down_facts, a_facts))
+    dh = product(d.values, down_turned, d.facts, down_facts, dtype, fast=False)
+    dz = _empty_fp8(*dh.shape, E5M2, dh.device, turned=False)
+    if dh.numel() > 0:
+        launch(
+            _relu2_grad_kernel, (ceil_div(dh.numel(), BLOCK),), dh=dh, a=a, dz=dz.values, facts=dz.facts, a_facts=a_facts,
+            dy_facts=d.facts, down_facts=down_facts, n=dh.numel(), D=d.values.shape[1], TOP=TOP[E5M2],
+            DOWN_TOP=2.0 ** TOP[E4M3], BLOCK=BLOCK, num_warps=WARPS,
+        )
+    return dz
 
 
 def fp8_weights(sources: Sequence[Sequence[Tensor]], weights: Sequence[Fp8]) -> None:
@@ -352,7 +362,8 @@ def fp8_weights(sources: Sequence[Sequence[Tensor]], weights: Sequence[Fp8]) -> 
     )
     launch(
         _quantize_weights_kernel, (rounding,), table=table, x=one, values=first.values, turned=_words(first.turned),
-        peaks=peaks[0], facts=first.facts, n=len(rows), TOP=TOP[E4M3], BN=BN, BT=PASS.BT, BD=PASS.BD, num_warps=PASS.warps,
+        peaks=peaks[0], facts=first.facts, n=len(rows), TOP=TOP[E4M3], ASM=not INTERPRETED, BN=BN, BT=PASS.BT, BD=PASS.BD,
+        num_warps=PASS.warps,
     )
 
 
@@ -388,36 +399,33 @@ class _Linear(torch.autograd.Function):
 
 
 class _Relu2MLP(torch.autograd.Function):
-    """Keeps the transposes of x and of relu² in 8 bits."""
+    """Keeps the transpose of x, and relu² as it is, in 8 bits."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx, x: Tensor, row_norm: float | None, up: Tensor, up_turned: Tensor, up_facts: Tensor,
         down: Tensor, down_turned: Tensor, down_facts: Tensor, w_up: Tensor, w_down: Tensor,
     ) -> Tensor:
-        q = quantize([as_rows(x)], E4M3, row_norm)
-        z = product(q.values, up, q.facts, up_facts, x.dtype, fast=True)
-        a = _relu2(z, q.facts, up_facts, turned=any(ctx.needs_input_grad))
-        ctx.save_for_backward(q.turned, q.facts, a.turned, a.facts, up_turned, up_facts, down_turned, down_facts)
+        q = quantize([as_rows(x)], E4M3, row_norm, turned=ctx.needs_input_grad[8])
+        a = _relu2(q, up, up_facts, x.dtype)
+        ctx.save_for_backward(q.turned, q.facts, a.values, a.facts, up_turned, up_facts, down_turned, down_facts)
         return product(a.values, down, a.facts, down_facts, x.dtype, fast=True).view(x.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_turned, x_facts, a_turned, a_facts, up_turned, up_facts, down_turned, down_facts = ctx.saved_tensors
+        x_turned, x_facts, a, a_facts, up_turned, up_facts, down_turned, down_facts = ctx.saved_tensors
         needs_x, needs_up, needs_down = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]
         d = quantize([as_rows(dy)], E5M2, turned=needs_down)
         dx = dw_up = dw_down = None
         if needs_x or needs_up:
-            dh = product(d.values, down_turned, d.facts, down_facts, dy.dtype, fast=False)
-            g = _relu2_grad(dh, a_turned, a_facts, d.facts, down_facts, dy.shape[-1], turned=needs_up)
-            del dh
+            g = _relu2_grad(d, down_turned, down_facts, a, a_facts, dy.dtype)
             if needs_x:
                 dx = product(g.values, up_turned, g.facts, up_facts, dy.dtype, fast=False).view(dy.shape)
             if needs_up:
-                dw_up = product(g.turned, x_turned, g.facts, x_facts, torch.float32, fast=False)
+                dw_up = product(turn(g.values), x_turned, g.facts, x_facts, torch.float32, fast=False)
         if needs_down:
-            dw_down = product(d.turned, a_turned, d.facts, a_facts, torch.float32, fast=False)
+            dw_down = product(d.turned, turn(a), d.facts, a_facts, torch.float32, fast=False)
         return dx, *[None] * 7, dw_up, dw_down
 
 

@@ -250,6 +250,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "device": Flip("cuda", "train.weights", refused=True),  # to the witness there is no GPU
         "dtype": Flip("bfloat16", "train.weights"),
         "device_batch_size": Flip("1", "train.shape"),
+        "fp8": Flip("true", "train.weights", refused=True),  # on a CPU
         "compile": Flip("true", "train.compiled"),
         "cuda_graph": Flip("true", "train.weights", refused=True),  # likewise
         "reduce_dtype": Flip("bfloat16", "train.reduced_in"),
@@ -282,6 +283,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "device": Flip("cuda", "told", refused=True),
         "dtype": Flip("bfloat16", "engine_dtype"),
         "device_batch_size": Flip("2", "told", refused=True),
+        "fp8": Flip("true", "told", refused=True),
         "compile": Flip("true", "told", refused=True),
         "cuda_graph": Flip("true", "told", refused=True),
         "reduce_dtype": Flip("bfloat16", "told", refused=True),

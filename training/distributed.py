@@ -30,6 +30,7 @@ class HardwareConfig:
     device: str = "auto"
     dtype: str = "auto"
     device_batch_size: int = -1  # rows per micro-batch; -1: as many as fit and divide the batch
+    fp8: bool = False  # train with 8-bit products
     compile: bool = False
     cuda_graph: str = "auto"  # auto | true | false
     reduce_dtype: str = "float32"  # in what gradients travel between ranks: float32 | bfloat16
@@ -46,6 +47,11 @@ class HardwareConfig:
         if unknown := [name for name in self.recompute if name not in ("block", *RECOMPUTABLE)]:
             raise KestrelError(
                 f"hardware.recompute knows no {unknown[0]!r}; choose from block, {', '.join(RECOMPUTABLE)}"
+            )
+        if self.fp8 and "relu2_mlp" in self.recompute:
+            raise KestrelError(
+                "hardware.recompute=[relu2_mlp] does not go with hardware.fp8=true, which keeps an MLP's hidden layer "
+                "in 8 bits: take hardware.recompute=[block], or none"
             )
         self.cuda_graph = self.cuda_graph.lower()  # YAML's true arrives as True
         if self.cuda_graph not in ("auto", "true", "false"):
@@ -98,6 +104,8 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
     device = choose_device(hardware.device, local_rank)
     dtype = choose_dtype(hardware.dtype, device)
     cuda_graph = choose_cuda_graph(hardware, device, dtype, world_size)
+    if hardware.fp8:
+        require_fp8(device, dtype)
     if hardware.threads is not None:
         most = THREADS_PER_CORE * (os.cpu_count() or 1)
         if hardware.threads > most:
@@ -214,6 +222,21 @@ def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: tor
             "use hardware.dtype=bfloat16, or leave it at auto"
         )
     return hardware.cuda_graph == "true"
+
+
+def require_fp8(device: torch.device, dtype: torch.dtype) -> None:
+    """Refuse to train with 8-bit products where there are none, or beside another dtype than bf16."""
+    needs = "hardware.fp8=true needs a GPU of compute capability 9.0 (Hopper, such as an H100) or newer"
+    if device.type != "cuda":
+        raise KestrelError(f"{needs}, but the device is {device}: leave hardware.fp8=false")
+    if (capability := torch.cuda.get_device_capability(device)) < (9, 0):
+        name = torch.cuda.get_device_name(device)
+        raise KestrelError(f"{needs}, and {name} has {capability[0]}.{capability[1]}: leave hardware.fp8=false")
+    if dtype != torch.bfloat16:
+        raise KestrelError(
+            "hardware.fp8=true leaves all that is not in 8 bits in bfloat16, and hardware.dtype gives "
+            f"{str(dtype).removeprefix('torch.')}: take bfloat16, or leave hardware.fp8=false"
+        )
 
 
 def make_deterministic(device: torch.device) -> None:

@@ -37,14 +37,22 @@ class Step:
     model         called as model(tokens, targets, …) → mean loss; may be compiled
     accumulation  micro-batches of a step; the last one's gradients leave for other ranks as they are made
     grad_clip     largest norm of all gradients together; 0: no clipping
+    prepare       called when a step begins: weights in 8 bits are made there
     """
 
     communicates_early = True
 
     def __init__(
-        self, model: nn.Module, optimizer: MuonAdamW, *, accumulation: int, device: torch.device, grad_clip: float = 0.0
+        self,
+        model: nn.Module,
+        optimizer: MuonAdamW,
+        *,
+        accumulation: int,
+        device: torch.device,
+        grad_clip: float = 0.0,
+        prepare: Callable[[], None] | None = None,
     ) -> None:
-        self.model, self.optimizer = model, optimizer
+        self.model, self.optimizer, self.prepare = model, optimizer, prepare
         self.accumulation, self.grad_clip = accumulation, grad_clip
         self.loss = torch.zeros((), device=device)  # mean over the micro-batches of this step so far
         self.n_added = 0
@@ -52,6 +60,8 @@ class Step:
     def add(self, batch: Batch, *, first: bool, scale: float = 1.0) -> None:
         """Add the gradients of a micro-batch and its loss; the first of a step finds none before it."""
         self.n_added = 1 if first else self.n_added + 1
+        if first and self.prepare is not None:
+            self.prepare()
         loss = self.model(batch.tokens, batch.targets, token_weights=batch.weights, doc_ids=batch.doc_ids)
         if self.communicates_early and self.n_added == self.accumulation:
             self.optimizer.expect_last_gradients()

@@ -6,6 +6,8 @@ dtype beside it (`LanguageModel.keep_copies`), which the optimizer writes togeth
 cast. There are no biases anywhere in this project.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -13,6 +15,9 @@ from torch.autograd.function import FunctionCtx
 
 from kernels_torch.quantised_weight import CODES, dequantise
 from model.ops import Ops
+
+if TYPE_CHECKING:
+    from model.layers.fp8 import Fp8Layers
 
 
 class _Copy(torch.autograd.Function):
@@ -68,12 +73,20 @@ class Master(nn.Module):
 
 
 class Linear(Master):
-    """y = x Wᵀ, with W [n_out, n_in] in the dtype of x."""
+    """y = x Wᵀ, with W [n_out, n_in] in the dtype of x.
+
+    fp8   those it shares its input with, in a model that is trained with 8-bit products (model/layers/fp8.py)
+    """
+
+    fp8: "Fp8Layers | None" = None
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__(n_out, n_in)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fp8 is not None and torch.is_grad_enabled():
+            _, y = self.fp8.products(x)
+            return y
         return F.linear(x, self.weight_in(x.dtype))
 
     def decode(self, ops: Ops, x: Tensor, **options: object) -> Tensor:
@@ -117,6 +130,9 @@ class _Products(torch.autograd.Function):
 
 def products(x: Tensor, *layers: "Linear", n_first: int = 0) -> list[Tensor]:
     """What each layer makes of x, and before them the first channels of x."""
+    fp8 = layers[0].fp8
+    if fp8 is not None and torch.is_grad_enabled():
+        return list(fp8.products(x, n_first))
     weights = [layer.weight_in(x.dtype) for layer in layers]
     if torch.is_grad_enabled():
         return list(_Products.apply(x, n_first, *weights))

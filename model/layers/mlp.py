@@ -3,6 +3,7 @@
 `forward` is for many tokens; `decode` is the same for one token a row, with the norm before it and the sum after it.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -21,6 +22,8 @@ class ReluSquaredMLP(nn.Module):
         self.c_proj = Linear(hidden_dim, n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.c_fc.fp8 is not None and torch.is_grad_enabled():
+            return self.c_fc.fp8.relu2_mlp(x, self.c_proj.fp8)
         return self.ops.relu2_mlp(x, self.c_fc.weight_in(x.dtype), self.c_proj.weight_in(x.dtype))
 
     def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:

@@ -11,7 +11,14 @@ import torch
 
 from errors import KestrelError
 from training import distributed
-from training.distributed import HardwareConfig, choose_cuda_graph, choose_device, choose_dtype, read_ranks
+from training.distributed import (
+    HardwareConfig,
+    choose_cuda_graph,
+    choose_device,
+    choose_dtype,
+    read_ranks,
+    require_fp8,
+)
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -152,6 +159,23 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence():
         graphs(GPU, torch.float16, cuda_graph="True")
 
 
+def test_fp8_is_refused_where_there_are_no_such_products(no_torchrun, monkeypatch):
+    with pytest.raises(
+        KestrelError, match=r"Hopper, such as an H100\) or newer, but the device is cpu: leave hardware\."
+    ):
+        distributed.init(HardwareConfig(device="cpu", fp8=True))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    with pytest.raises(KestrelError, match=r"and NVIDIA A100 has 8\.0: leave hardware\.fp8=false"):
+        require_fp8(GPU, torch.bfloat16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.raises(
+        KestrelError, match=r"hardware\.dtype gives float32: take bfloat16, or leave hardware\.fp8=false"
+    ):
+        require_fp8(GPU, torch.float32)
+    require_fp8(GPU, torch.bfloat16)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -161,6 +185,10 @@ def test_what_cannot_be_captured_is_refused_in_a_sentence():
         ({"cuda_graph": "maybe"}, r"hardware\.cuda_graph must be auto, true or false, got 'maybe'"),
         ({"reduce_dtype": "float16"}, r"hardware\.reduce_dtype must be float32 or bfloat16, got 'float16'"),
         ({"recompute": ["mlp"]}, r"hardware\.recompute knows no 'mlp'; choose from block, embedding"),
+        (
+            {"fp8": True, "recompute": ["rmsnorm", "relu2_mlp"]},
+            r"hardware\.recompute=\[relu2_mlp\] does not go with hardware\.fp8=true",
+        ),
         ({"threads": 0}, r"hardware\.threads must be positive, or null"),
     ],
 )
