@@ -127,7 +127,7 @@ def load_engine(config: InferConfig) -> Engine:
         f"kernels: {describe_ops(config.kernels, device.device, device.dtype)}"
     )
     max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
-    return Engine(model, tokenizer, max_rows=max_rows)
+    return Engine(model, tokenizer, max_rows=max_rows, graphs=device.cuda_graph)
 
 
 def check_hardware(hardware: HardwareConfig) -> None:
@@ -136,7 +136,7 @@ def check_hardware(hardware: HardwareConfig) -> None:
         raise KestrelError("infer.py runs as one process: start it with python instead of torchrun")
     if hardware.compile:
         raise KestrelError("hardware.compile=true is for training: infer.py runs the model as it is, leave it out")
-    usuals = dict(fp8=False, cuda_graph="auto", reduce_dtype="float32", recompute=[], profile=False)
+    usuals = dict(fp8=False, reduce_dtype="float32", recompute=[], profile=False)
     for key, usual in usuals.items():
         if (value := getattr(hardware, key)) != usual:
             raise KestrelError(f"hardware.{key} is for training: infer.py has no use for {value}, leave it out")

@@ -42,8 +42,7 @@ from inference.paged_cache import PagedCache
 from inference.request import Request
 from inference.sampling import SamplingConfig
 from model import LanguageModel, build, config_from_dict
-from model.cost import kv_bytes_per_token
-from model.layers.linear import Linear, Master
+from model.cost import bytes_of_products, kv_bytes_per_token
 from model.ops import KernelConfig, load_ops
 
 RESULTS = Path(__file__).parent / "results"
@@ -300,15 +299,8 @@ def time_recipe(model: LanguageModel, shape: Shape) -> tuple[dict[str, float], T
 
 def bytes_of_step(model: LanguageModel, shape: Shape) -> int:
     """What a step must read: the weights of all products, and keys and values of all rows."""
-    layers = [m for m in model.modules() if isinstance(m, Linear)]
-    layers += [model.head_layer] if not isinstance(model.head_layer, Linear) else []
     context = shape.prompt + shape.new_tokens // 2
-    return sum(map(bytes_of_weight, layers)) + shape.batch * context * kv_bytes_per_token(model)
-
-
-def bytes_of_weight(layer: Master) -> int:
-    held = [layer.weight] if layer.codes is None else [layer.codes, layer.scales]
-    return sum(x.numel() * x.element_size() for x in held)
+    return bytes_of_products(model) + shape.batch * context * kv_bytes_per_token(model)
 
 
 def bench_shape(

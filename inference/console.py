@@ -10,6 +10,7 @@ import stat
 import sys
 
 from errors import KestrelError
+from inference.bandwidth import share_of_bandwidth
 from inference.engine import Engine
 from inference.sampling import SamplingConfig
 from inference.stopwatch import Stopwatch
@@ -40,7 +41,8 @@ def tell(engine: Engine, prompt: str, sampling: SamplingConfig, *, stream: bool 
         complete = False
     for i, (text, told) in enumerate(zip(streams, pieces)):
         show((title(i, len(streams)) if i > 0 else "") + "".join(told) + text.finish() + "\n")
-    note(stopwatch.summary() + ("" if complete else ", interrupted"))
+    share = share_of_bandwidth(engine, stopwatch.telling_s)
+    note(stopwatch.summary(share) + ("" if complete else ", interrupted"))
     return complete
 
 

@@ -103,6 +103,8 @@ class Engine:
         self.in_flight: deque[Flight] = deque()
         self.unread: list[Event] = []  # events that `generate` met and that are not its own
         self.n_steps = 0
+        self.n_decoded = self.n_keys_read = 0  # steps of decoding, and tokens in the cache that their rows looked at
+        self.n_cached = 0  # tokens of the rows at work
 
     @property
     def stop_ids(self) -> set[int]:
@@ -206,6 +208,8 @@ class Engine:
             if row.tools is not None:
                 forced = row.tools.next_forced
                 self.rows.forced[row.slot] = NOT_FORCED if forced is None else forced
+        self.n_cached += len(self.running)
+        self.n_decoded, self.n_keys_read = self.n_decoded + 1, self.n_keys_read + self.n_cached
         self.launched(self.running, step(*self.what_for(self.running)))
 
     def width_for(self, n: int) -> int:
@@ -243,6 +247,7 @@ class Engine:
 
     def leave(self, row: Row) -> None:
         """Take a row out, and put the last one in its place."""
+        self.n_cached -= len(row.request.prompt_ids) + row.n_launched - 1
         last = self.running.pop()
         if last is not row:
             self.rows.move(last.slot, row.slot)
@@ -286,6 +291,7 @@ class Engine:
             row = Row(request, prompt.n_begun, blocks, prompt.limit, self.tokenizer)
             row.slot = len(self.running)
             self.running.append(row)
+            self.n_cached += len(request.prompt_ids)
             self.rows.begin(row.slot, request.sampling, row.sample, row.limit, history)
             self.cache_rows.begin(row.slot, blocks, len(request.prompt_ids), states)
             prompt.n_begun += 1

@@ -36,12 +36,17 @@ class Stopwatch:
     @property
     def tokens_per_s(self) -> float:
         """Tokens per second once the prompt has been read; 0 when there was one column or none."""
-        seconds = self.last - (self.first or self.last)
-        return (self.n_tokens - self.n_first) / seconds if seconds > 0 else 0.0
+        return (self.n_tokens - self.n_first) / self.telling_s if self.telling_s > 0 else 0.0
 
-    def summary(self) -> str:
-        """How much was told, and how fast."""
+    @property
+    def telling_s(self) -> float:
+        """Seconds from the first column to the last."""
+        return self.last - (self.first or self.last)
+
+    def summary(self, share: float | None = None) -> str:
+        """How much was told, and how fast; share: of the memory's bandwidth, where it is known."""
+        of_copy = "" if share is None else f" ({share:.0%} of the memory's copy bandwidth)"
         return (
-            f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s, "
+            f"{self.n_tokens} tokens, {self.tokens_per_s:.1f} tokens/s{of_copy}, "
             f"first token after {1000 * self.first_token_s:.0f} ms"
         )

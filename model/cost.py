@@ -13,6 +13,7 @@ from errors import KestrelError
 from model.config import ModelConfig
 from model.language_model import LanguageModel
 from model.layers.attention import Attention
+from model.layers.linear import Linear
 
 COUNTED_ROLES = {
     "embedding": "wte",
@@ -48,6 +49,14 @@ def kv_bytes_per_token(model: LanguageModel, dtype: torch.dtype | None = None) -
     """Bytes a token occupies in the key-value cache."""
     n_layer, n_kv_head, head_dim = model.cache_shape
     return 2 * n_layer * n_kv_head * head_dim * (dtype or model.dtype).itemsize
+
+
+def bytes_of_products(model: LanguageModel) -> int:
+    """Bytes of the weights that every token is multiplied with: what a step of decoding reads of the model."""
+    layers = {id(layer): layer for layer in model.modules() if isinstance(layer, Linear)}
+    layers[id(model.head_layer)] = model.head_layer
+    held = [[layer.weight] if layer.codes is None else [layer.codes, layer.scales] for layer in layers.values()]
+    return sum(x.numel() * x.element_size() for tensors in held for x in tensors)
 
 
 def require_memory(config: ModelConfig, rows: int, memory_bytes: int | None) -> None:

@@ -1,4 +1,4 @@
-"""The bench of the training step runs anywhere; its numbers mean something on a GPU only."""
+"""The benches of whole steps run anywhere; their numbers mean something on a GPU only."""
 
 import csv
 import subprocess
@@ -25,6 +25,43 @@ def test_the_training_step_is_timed_and_drawn(tmp_path: Path):
         assert row["torch"]
         assert row["commit"]
     assert (tmp_path / "train_step.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoding_is_checked_timed_and_drawn(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    command += [
+        "--figures",
+        str(tmp_path),
+        "--batch",
+        "1",
+        "--batch",
+        "3",
+        "--candidate",
+        "torch",
+        "--candidate",
+        "recipe",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "decode.csv").open()))
+    assert [(row["batch"], row["candidate"]) for row in rows] == [
+        ("1", "torch"), ("1", "recipe"), ("3", "torch"), ("3", "recipe"),
+    ]  # fmt: skip
+    for row in rows:
+        assert float(row["agreement"]) == 1
+        assert float(row["tokens_per_s"]) > 0
+        assert 0 < float(row["share_of_copy"]) < 1
+    assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_decoding_is_timed_over_the_context(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--context"]
+    command += ["--out", str(tmp_path), "--figures", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "decode_context.csv").open()))
+    assert {row["candidate"] for row in rows} == {"cache", "no cache"}
+    assert (tmp_path / "decode_context.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_what_did_not_fit_is_left_out_of_the_figure(tmp_path: Path):

@@ -56,7 +56,7 @@ def run(engine: Engine, requests: list[Request], dice: random.Random | None = No
             engine.submit(waiting.pop(0))
         for event in engine.step():
             told[event.request].append(event)
-    assert engine.pool.n_held == 0
+    assert engine.pool.n_held == engine.n_cached == 0
     assert not engine.cache_rows.lengths.any()
     assert not engine.rows.active.any()
     return told
