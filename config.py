@@ -37,6 +37,7 @@ from model.config import ModelConfig
 from model.llama import LlamaConfig
 from model.nanochat import NanochatConfig
 from model.ops import KernelConfig
+from model.quantised import quantisation_named
 from optim.groups import AdamWConfig, MuonAdamWConfig, OptimConfig
 from training.distributed import HardwareConfig, read_ranks
 from training.horizon import StageConfig
@@ -113,11 +114,14 @@ class InferConfig(SamplingConfig):
     output: Optional[str] = None
     max_rows: int = 16
     runs_dir: str = "runs"
+    quant: Optional[str] = None  # None: the weights as they are saved
+    quant_group: int = 128
     kernels: KernelConfig = MISSING
     hardware: HardwareConfig = MISSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        quantisation_named(self.quant, self.quant_group)
         if self.mode not in MODES:
             raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
         if self.max_rows < 1:
@@ -135,6 +139,23 @@ class InferConfig(SamplingConfig):
     def sampling(self) -> SamplingConfig:
         """How to sample, and nothing else."""
         return SamplingConfig(**{f.name: getattr(self, f.name) for f in fields(SamplingConfig)})
+
+
+@dataclass
+class QuantizeConfig:
+    """Everything `quantize.py` needs."""
+
+    quant: Optional[str] = None
+    quant_group: int = 128
+    ckpt: Optional[str] = None
+    runs_dir: str = "runs"
+    out: Optional[str] = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        quantisation_named(self.quant, self.quant_group)
+        if self.device not in ("auto", "cpu", "cuda"):
+            raise KestrelError(f"device must be auto, cpu or cuda, got '{self.device}'")
 
 
 def refuse_missing_resume(path: str) -> None:
@@ -156,6 +177,7 @@ def register() -> None:
     store = ConfigStore.instance().store
     store(name="train_schema", node=RunConfig)
     store(name="infer_schema", node=InferConfig)
+    store(name="quantize_schema", node=QuantizeConfig)
     schemas: dict[str, dict[str, type]] = {
         "model": {"nanochat_schema": NanochatConfig, "llama_schema": LlamaConfig},
         "kernels": {"kernels_schema": KernelConfig},
@@ -173,9 +195,9 @@ def register() -> None:
 def compose(config_name: str = "train", overrides: list[str] | None = None) -> Any:
     """The typed config a command line would give: for tests, benches and notebooks.
 
-    config_name   "train" or "infer"
+    config_name   "train", "infer" or "quantize"
     overrides     as typed after the command: ["model=d6", "data=tinystories"]
-    → RunConfig or InferConfig; raises KestrelError, HydraException or OmegaConfBaseException
+    → RunConfig, InferConfig or QuantizeConfig; raises KestrelError, HydraException or OmegaConfBaseException
     """
     register()
     with hydra.initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
@@ -186,7 +208,7 @@ def compose(config_name: str = "train", overrides: list[str] | None = None) -> A
 
 def to_typed(cfg: DictConfig, config_name: str) -> Any:
     """Resolve interpolations and build the dataclasses, whose `__post_init__` checks ranges."""
-    root = {"train": RunConfig, "infer": InferConfig}[config_name]
+    root = {"train": RunConfig, "infer": InferConfig, "quantize": QuantizeConfig}[config_name]
     names = [f.name for f in fields(root)]
     refuse_additions(cfg, [*names, "hydra"])
     parts = OmegaConf.masked_copy(cfg, names)

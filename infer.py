@@ -33,8 +33,18 @@ from inference.batch import run_batch
 from inference.chat import run_chat
 from inference.console import close_quietly, note, read_prompt, tell
 from inference.engine import Engine, cast_weights
+from kernels_torch.quantised_weight import CODES
 from model import LanguageModel, build, config_from_dict
 from model.ops import Ops, describe_ops, load_ops
+from model.quantised import (
+    Quantisation,
+    load_quantised,
+    quantisation_named,
+    quantisation_of,
+    quantise_model,
+    quantised_layers,
+    spec_of_quantised,
+)
 from training import distributed
 from training.distributed import Device, HardwareConfig
 
@@ -113,17 +123,17 @@ def refuse(config: InferConfig, *keys: str) -> None:
 def load_engine(config: InferConfig) -> Engine:
     """The model and tokenizer of the checkpoint that `config` means, on the device it asks for."""
     check_hardware(config.hardware)
-    saved = checkpoint.read_checkpoint(find_checkpoint(config.ckpt, config.runs_dir))
+    saved = checkpoint.read_checkpoint(checkpoint.find_asked(config.ckpt, config.runs_dir))
     device = distributed.init(with_dtype_of(saved, config.hardware))
     ops = load_ops(config.kernels, device.device, device.dtype)
     tokenizer = tokenizer_from_json(saved.tokenizer_json)
-    model = load_model(saved, tokenizer.vocab_size, ops, device)
+    model = load_model(saved, tokenizer.vocab_size, ops, device, quantisation_named(config.quant, config.quant_group))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())
     if config.hardware.threads is None and n_parameters < SMALL_MODEL:
         torch.set_num_threads(1)
     note(
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
-        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, "
+        f"{weights_of(model)}{device.device}, {str(device.dtype).removeprefix('torch.')}, "
         f"kernels: {describe_ops(config.kernels, device.device, device.dtype)}"
     )
     max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
@@ -144,15 +154,6 @@ def check_hardware(hardware: HardwareConfig) -> None:
         raise KestrelError("hardware.device_batch_size is for training: infer.py takes num_samples instead")
 
 
-def find_checkpoint(ckpt: str | None, runs_dir: str) -> Path:
-    """The checkpoint that `ckpt` means, or the newest one of the newest run."""
-    if ckpt is None:
-        return checkpoint.find(checkpoint.find_newest_run(Path(runs_dir)))
-    if not ckpt:
-        raise KestrelError("ckpt= is empty: give the folder of a run or of a checkpoint, or leave it out")
-    return checkpoint.find(Path(ckpt).expanduser())
-
-
 def with_dtype_of(saved: Checkpoint, hardware: HardwareConfig) -> HardwareConfig:
     """The dtype of the training run unless another is asked for; what a CPU cannot compute in, it does in its own."""
     if hardware.dtype != "auto":
@@ -162,15 +163,31 @@ def with_dtype_of(saved: Checkpoint, hardware: HardwareConfig) -> HardwareConfig
     return dataclasses.replace(hardware, dtype="auto" if dtype == "float16" and not is_cuda else dtype)
 
 
-def load_model(saved: Checkpoint, vocab_size: int, ops: Ops, device: Device) -> LanguageModel:
-    """The checkpoint's model with its weights, ready to read."""
+def load_model(
+    saved: Checkpoint, vocab_size: int, ops: Ops, device: Device, quant: Quantisation | None = None
+) -> LanguageModel:
+    """The checkpoint's model with its weights, ready to read; `quant`: to be quantised now."""
     model = build(config_from_dict(saved.config.get("model", {})), vocab_size, ops, device.dtype)
-    spec = checkpoint.spec_of(dict(model.named_parameters()))
+    held = quantisation_of(saved.config)
+    if held and quant:
+        raise KestrelError(
+            f"{saved.path} is quantised already ({held}): leave quant= out, or give the checkpoint it was made from"
+        )
+    spec = spec_of_quantised(model, held) if held else checkpoint.spec_of(dict(model.named_parameters()))
     tensors = checkpoint.load_tensors(saved.path, "model", spec, device.device)
-    model.to_empty(device=device.device)
-    model.load_state_dict(tensors)
+    if held:
+        load_quantised(model, tensors, device.device)
+    else:
+        model.to_empty(device=device.device)
+        model.load_state_dict(tensors)
     model.init_buffers()
-    return cast_weights(model)
+    return cast_weights(quantise_model(model, quant) if quant else model)
+
+
+def weights_of(model: LanguageModel) -> str:
+    """What the matrices are, where they are codes."""
+    forms = {CODES[layer.codes.dtype] for layer in quantised_layers(model).values() if layer.codes is not None}
+    return "".join(f"{form} weights, " for form in sorted(forms))
 
 
 if __name__ == "__main__":

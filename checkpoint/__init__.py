@@ -13,6 +13,7 @@ folder must hold, `tensors.py` is the file format of the tensors, `state.py` wha
 from checkpoint.finding import (
     best,
     find,
+    find_asked,
     find_newest_run,
     is_complete,
     latest,
@@ -29,6 +30,7 @@ __all__ = [
     "TrainState",
     "best",
     "find",
+    "find_asked",
     "find_newest_run",
     "is_complete",
     "latest",

@@ -62,6 +62,15 @@ def find(path: Path) -> Path:
     return found
 
 
+def find_asked(ckpt: str | None, runs_dir: str) -> Path:
+    """The checkpoint that the key ckpt= means: that of a path, or without one the newest of the newest run."""
+    if ckpt is None:
+        return find(find_newest_run(Path(runs_dir)))
+    if not ckpt:
+        raise KestrelError("ckpt= is empty: give the folder of a run or of a checkpoint, or leave it out")
+    return find(Path(ckpt).expanduser())
+
+
 def _problem(path: Path) -> str | None:
     """Why no checkpoint is found where one was said to be."""
     try:

@@ -26,6 +26,7 @@ MAX_HEADER_BYTES = 1 << 20  # some 10,000 tensors
 CODES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
     torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+    torch.float8_e4m3fn: "F8_E4M3",
 }  # fmt: skip
 
 
@@ -128,6 +129,8 @@ def _read_into(handle: io.FileIO, buffer: bytearray | memoryview, digest: Any) -
 def require_finite(tensors: dict[str, Tensor], what: str, consequence: str) -> None:
     """Raise if any value is NaN or infinite."""
     for name, x in tensors.items():
+        if x.dtype == torch.float8_e4m3fn:
+            x = torch.where(x.view(torch.uint8) & 127 == 127, torch.nan, 0.0)  # it has no infinity, and no arithmetic
         # aminmax passes NaN on and allocates nothing, unlike isfinite
         if x.is_floating_point() and x.numel() and not all(math.isfinite(end) for end in torch.aminmax(x.detach())):
             raise KestrelError(f"{what}: {name!r:.200} holds a value that is not finite; {consequence}")

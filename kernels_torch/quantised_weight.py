@@ -84,7 +84,8 @@ def pack_int4(nibbles: Tensor) -> Tensor:
 
 def unpack_int4(words: Tensor, group: int) -> Tensor:
     """The inverse of pack_int4: [F, n · group / 8] → [F, n, group] int32."""
-    planes = words.reshape(words.shape[0], -1, 1, group // 8)
+    F, W = words.shape
+    planes = words.reshape(F, W * 8 // group, 1, group // 8)
     shifts = torch.arange(0, 32, 4, dtype=torch.int32, device=words.device).view(8, 1)
     return ((planes >> shifts) & 15).flatten(2)
 
@@ -102,7 +103,16 @@ def dequantise(codes: Tensor, scales: Tensor, width: int, dtype: torch.dtype) ->
 
 def group_of(codes: Tensor, scales: Tensor) -> int:
     """Columns of int4 that share a scale."""
-    return 8 * codes.shape[1] // scales.shape[1]
+    return 8 * codes.shape[1] // scales.shape[1] if scales.shape[1] else GROUP
+
+
+def shapes_of(F: int, C: int, form: str, group: int) -> tuple[tuple[tuple[int, ...], torch.dtype], ...]:
+    """Shape and dtype of the codes of a matrix [F, C], and of its scales."""
+    dtype = next(dtype for dtype, name in CODES.items() if name == form)
+    if form != "int4":
+        return ((F, C), dtype), ((F,), torch.float32)
+    n = -(-C // group)
+    return ((F, n * group // 8), dtype), ((F, n), torch.bfloat16)
 
 
 def check_codes(codes: Tensor, scales: Tensor, width: int) -> None:

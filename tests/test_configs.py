@@ -10,7 +10,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 import config
-from config import InferConfig, RunConfig, compose, one_line, quote_path, split_raw
+from config import InferConfig, QuantizeConfig, RunConfig, compose, one_line, quote_path, split_raw
 
 ROOT = Path(__file__).parent.parent
 CONF = ROOT / "conf"
@@ -29,6 +29,7 @@ def test_every_yaml_composes(group: str, name: str):
 def test_the_defaults_compose():
     assert isinstance(compose("train"), RunConfig)
     assert isinstance(compose("infer"), InferConfig)
+    assert isinstance(compose("quantize"), QuantizeConfig)
 
 
 @pytest.mark.parametrize("group", ["tokenizer", "optim", "stage", "hardware", "data"])

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = {
     "kernels_torch", "kernels_triton", "kernels_triton_portable", "model", "data", "optim", "training", "inference",
-    "evals", "bench", "config", "checkpoint", "errors", "train", "infer",
+    "evals", "bench", "config", "checkpoint", "errors", "train", "infer", "quantize",
 }  # fmt: skip
 # folder or file → what of ours it may import; everyone may import `errors`
 ARROWS: dict[str, set[str]] = {
@@ -28,6 +28,7 @@ ARROWS: dict[str, set[str]] = {
     "config": {"model", "data", "optim", "inference", "training", "checkpoint"},
     "train": OURS,
     "infer": OURS,
+    "quantize": OURS,
     "bench": OURS,
 }
 # folder → libraries that only it may import, so that the rest works without them

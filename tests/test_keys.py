@@ -43,6 +43,7 @@ from errors import KestrelError
 from inference import chat, console
 from model import build
 from model.ops import FORMS, OP_NAMES, describe_ops
+from model.quantised import quantised_layers
 from tests.model.tiny import VOCAB, tokens, torch_ops
 from training import distributed, loop, report
 from training.distributed import Device
@@ -273,6 +274,8 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "input": Flip("others.jsonl", "answered", BATCH),
         "output": Flip("elsewhere.jsonl", "answered", BATCH),
         "max_rows": Flip("2", "engine_rows", BATCH),
+        "quant": Flip("int8", "engine_codes"),
+        "quant_group": Flip("64", "engine_codes", ("quant=int4",)),
         "ckpt": Flip("{runs}/a", "told"),
         "prompt": Flip("xyz", "told"),
         "stream": Flip("false", "told_in_pieces"),
@@ -659,6 +662,10 @@ class Witness:
 
     def engine_rows(self, run: InferConfig) -> int:
         return infer.load_engine(run).max_rows
+
+    def engine_codes(self, run: InferConfig) -> str:
+        model = infer.load_engine(run).model
+        return digest(layer.weight_in(torch.float32) for layer in quantised_layers(model).values())
 
     def engine_ops(self, run: InferConfig) -> dict[str, str]:
         """Where each op of the model comes from."""
