@@ -89,7 +89,7 @@ class Engine:
         cache_tokens = most_tokens(model, max_rows, self.device) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)
         self.cache = PagedCache(model, self.pool.n_blocks, page, one_row=max_rows == 1)
-        self.prefill = Prefill(model, self.cache, self.pool, reuse_prefixes)
+        self.prefill = Prefill(model, self.cache, self.pool, reuse_prefixes, self.capture)
         self.least_width = PAD_TO if self.device.type == "cpu" and max_rows > 1 else 1
         most_width = -(-max_rows // self.least_width) * self.least_width
         self.cache_rows = self.cache.rows(most_width)

@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 import torch
 
+from inference import prefill as prefill_module
 from inference import rows as rows_module
 from inference.engine import Engine
 from inference.request import Request
@@ -24,7 +25,7 @@ def engine_of(form: str, capture=None, ops=None, device="cpu", **options) -> Eng
     engine.cache.k.fill_(torch.nan)
     engine.cache.v.fill_(torch.nan)
     engine.stop_ids = set(range(0, 265, 16))
-    engine.capture = capture
+    engine.capture = engine.prefill.capture = capture
     return engine
 
 
@@ -46,17 +47,21 @@ def compare(form: str, capture, **options) -> Engine:
 
 @pytest.mark.parametrize("form", ["plain with shared heads", "2026", "llama tied with shared heads"])
 @pytest.mark.parametrize("lag", [0, 1])
-def test_recorded_steps_equal_eager_ones(form, lag):
+def test_recorded_steps_equal_eager_ones(form, lag, monkeypatch):
+    monkeypatch.setattr(prefill_module, "LENGTHS", (2, 8, 16))
     capture = RecordedGraphs()
     engine = compare(form, capture, lag=lag)
     assert capture.replayed > capture.captured > 1
-    assert capture.captured == sum(len(step.graphs) for step in engine.steps.values())
+    n_readers = sum(reader.replay is not None for reader in engine.prefill.readers.values())
+    assert capture.captured == sum(len(step.graphs) for step in engine.steps.values()) + n_readers
+    assert n_readers >= 2
 
 
 def test_what_comes_once_is_not_recorded_and_graphs_are_few(monkeypatch):
     monkeypatch.setattr(rows_module, "MOST_GRAPHS", 2)
     capture = RecordedGraphs()
     engine = engine_of("plain", capture, max_rows=1)
+    engine.prefill.capture = None
     engine.stop_ids = set()
     for n_new, expected in ((2, 0), (3, 1), (9, 1)):  # the first token comes with the prompt
         run(engine, [Request([1, 2], SamplingConfig(max_new_tokens=n_new, temperature=0))])
@@ -69,6 +74,7 @@ def test_what_comes_once_is_not_recorded_and_graphs_are_few(monkeypatch):
 def test_plans_differ_by_powers_of_two_only():
     capture = RecordedGraphs()
     engine = engine_of("plain", capture, max_rows=1)
+    engine.prefill.capture = None
     engine.stop_ids = set()
     for top_k in (33, 64, 50, 40):
         run(
