@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kernels_torch.checks import check_devices, holds_integers
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
 
 def attention(
     q: Tensor,
@@ -45,7 +47,7 @@ def attention(
     Source: https://arxiv.org/abs/1706.03762; grouped heads https://arxiv.org/abs/2305.13245; soft-cap
     https://arxiv.org/abs/2408.00118.
     """
-    check_attention(q, k, v, window, doc_ids, softcap)
+    check_attention(q, k, v, window, doc_ids, scale, softcap)
     Tq, Tk = q.shape[1], k.shape[1]
     blind = blind_queries(Tq, Tk, causal, window)
     if blind > 0:
@@ -127,12 +129,20 @@ def in_whole_words(x: Tensor) -> Tensor:
 
 
 def check_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, softcap: float | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    doc_ids: Tensor | None,
+    scale: float | None,
+    softcap: float | None,
 ) -> None:
     """Refuse what `attention` cannot mean."""
     check_heads(q, k, v)
     check_devices(q=q, doc_ids=doc_ids)
     check_window(window)
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale} (None: D^-0.5)")
     if softcap is not None and not 0 < softcap < math.inf:
         raise ValueError(f"softcap must be positive and finite, got {softcap} (None: no cap)")
     if doc_ids is not None:
@@ -146,7 +156,8 @@ def check_attention(
 
 def check_window(window: int | None) -> None:
     """How many earlier tokens are seen is counted. 0 and −1 mean all of them elsewhere, so here they mean nothing."""
-    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
+    counts = isinstance(window, int | torch.SymInt) and not isinstance(window, bool)
+    if window is not None and not (counts and window >= 1):
         raise ValueError(
             f"window must be a whole number and at least 1, got {window} (how many tokens before it each token sees; "
             "None: all)"
@@ -161,5 +172,7 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q must be [B, Tq, H, D], k and v [B, Tk, Hkv, D], got {shapes}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}")
-    if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
-        raise ValueError(f"q, k and v must have one floating-point dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+    if not (q.dtype == k.dtype == v.dtype and q.dtype in FLOATS):
+        raise ValueError(
+            f"q, k and v must all be bfloat16, float16, float32 or float64, got {q.dtype}, {k.dtype} and {v.dtype}"
+        )
