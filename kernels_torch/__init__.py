@@ -7,6 +7,7 @@ from kernels_torch.adamw import adamw_update
 from kernels_torch.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_torch.attention import attention
 from kernels_torch.attention_decode import attention_decode, attention_decode_paged
+from kernels_torch.attention_step import attention_step_paged
 from kernels_torch.draw_tokens import draw_tokens
 from kernels_torch.embedding import embedding
 from kernels_torch.gelu import gelu
@@ -30,6 +31,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_decode_paged",
+    "attention_step_paged",
     "draw_tokens",
     "embedding",
     "gelu",

@@ -188,6 +188,27 @@ def qk_norm_rope_append_paged_inputs(
     )
 
 
+def attention_step_paged_inputs(
+    B: int,
+    page: int,
+    n: int,
+    H: int,
+    Hkv: int,
+    D: int,
+    eps: float | None = 1e-6,
+    qk_scale: float = 1.0,
+    window: int | None = None,
+) -> Shape:
+    """As qk_norm_rope_append_paged_inputs with room for a token; what pages hold beyond the lengths would show."""
+    inputs = qk_norm_rope_append_paged_inputs(B, 1, page, n, H, Hkv, D, eps, qk_scale)
+    beyond = (torch.arange(n * page) >= inputs["lengths"][:, None]).view(B, n, page, 1, 1)
+    for name in ("k_pages", "v_pages"):
+        pages = torch.full_like(inputs[name], 1000.0)
+        pages[inputs["block_table"].long()] = randn(B, n, page, Hkv, D).masked_fill(beyond, 1000.0)
+        inputs[name] = pages
+    return dict(inputs, qk_scale=inputs.pop("scale"), window=window)
+
+
 def qk_norm_rope_inputs(
     B: int, T: int, H: int, Hkv: int, D: int, start: int | str = 0, eps: float | None = 1e-6, scale: float = 1.0
 ) -> Shape:
@@ -748,6 +769,24 @@ CASES = {
                 dict(B=B, Tn=1, page=256, n=S // 256, H=H, Hkv=Hkv, D=128, full=True)
                 for B, S, H, Hkv in ((1, 2048, 6, 6), (32, 2048, 6, 6), (32, 8192, 16, 4))
             ],
+        ),
+        Case(
+            "attention_step_paged",
+            inputs=attention_step_paged_inputs,
+            flops=lambda B, page, n, H, D, **_: 4 * B * H * D * n * page,
+            bytes=lambda B, page, n, H, Hkv, D, **_: 2 * B * D * (H + n * page * Hkv),
+            batched=("q", "k", "v"),
+            fp32=("cos", "sin"),
+            check=[
+                dict(B=3, page=4, n=3, H=2, Hkv=2, D=16),
+                dict(B=2, page=8, n=9, H=3, Hkv=3, D=6, window=5, qk_scale=1.2),
+                dict(B=4, page=32, n=5, H=1, Hkv=1, D=24, eps=None),
+                dict(B=2, page=4, n=2, H=4, Hkv=2, D=8, window=1),
+                dict(B=2, page=3, n=2, H=2, Hkv=2, D=8, window=1),
+                dict(B=0, page=4, n=2, H=2, Hkv=2, D=8),
+            ],
+            prove=(dict(B=2, page=32, n=10, H=2, Hkv=2, D=128), dict(B=2, page=32, n=10, H=8, Hkv=2, D=128)),
+            time=[dict(B=1, page=32, n=64, H=H, Hkv=H, D=128) for H in (6, 12, 17)],
         ),
         mlp_case("relu2_mlp", relu2_mlp_inputs, 2, [d_model(384), d_model(768), d_model(1280)]),
         mlp_case("swiglu_mlp", swiglu_mlp_inputs, 3, [dict(N=65536, D=768, F=2048), dict(N=16384, D=2048, F=5632)]),

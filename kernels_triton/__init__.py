@@ -7,6 +7,7 @@ from kernels_triton.adamw import adamw_update
 from kernels_triton.add_rmsnorm import add_rmsnorm, mix_rmsnorm
 from kernels_triton.attention import attention, which_attention
 from kernels_triton.attention_decode import attention_decode, attention_decode_paged
+from kernels_triton.attention_step import attention_step_paged
 from kernels_triton.draw_tokens import draw_tokens
 from kernels_triton.embedding import embedding
 from kernels_triton.gelu import gelu
@@ -41,6 +42,7 @@ __all__ = [
     "attention",
     "attention_decode",
     "attention_decode_paged",
+    "attention_step_paged",
     "draw_tokens",
     "embedding",
     "gelu",

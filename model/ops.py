@@ -40,6 +40,7 @@ class Ops:
     attention: Callable
     attention_decode: Callable
     attention_decode_paged: Callable
+    attention_step_paged: Callable
     linear_decode: Callable
     draw_tokens: Callable
     take_tokens: Callable
@@ -52,9 +53,10 @@ class Ops:
     adamw_update: Callable
 
 
-# Chosen by another's key: the same op on pages, and what belongs to the draw of a token.
+# Chosen by another's key: the same op on pages or with what surrounds it, and what belongs to the draw of a token.
 FORMS = {
     "attention_decode_paged": "attention_decode",
+    "attention_step_paged": "attention_decode",
     "qk_norm_rope_append_paged": "qk_norm_rope_append",
     "take_tokens": "draw_tokens",
 }

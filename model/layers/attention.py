@@ -133,6 +133,9 @@ class Attention(nn.Module):
         kv, options = cache.of_layer(self.layer), dict(eps=self.qk_eps, scale=self.qk_scale)
         if cache.block_table is not None:
             places = (cache.block_table, cos, sin, cache.lengths)
+            if q.shape[1] == 1:
+                options = dict(eps=self.qk_eps, qk_scale=self.qk_scale, window=self.window)
+                return self.ops.attention_step_paged(q, k, v, *kv, *places, **options)[0]
             q, *pages = self.ops.qk_norm_rope_append_paged(q, k, v, *kv, *places, **options)
             return self.ops.attention_decode_paged(q, *pages, cache.block_table, cache.ends, window=self.window)
         q, k_all, v_all = self.ops.qk_norm_rope_append(q, k, v, *kv, cos, sin, cache.lengths, **options)

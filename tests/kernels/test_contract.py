@@ -437,6 +437,16 @@ REFUSED = {
         (lambda inputs: {"history": inputs["history"][:2]}, r"\(2, 5\)"),
         (lambda inputs: {"is_stop": inputs["ids"]}, "bool tensor"),
     ],
+    "attention_step_paged": [
+        (half("v"), "v must be"),
+        (half("v_pages"), "pages must be"),
+        (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
+        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
+        (lambda inputs: {name: inputs[name].repeat(1, 2, 1, 1) for name in "qkv"}, "one token a row, got q .*2, 2, 16"),
+        (lambda inputs: {"q": inputs["q"].repeat(1, 1, 2, 1)[:, :, :3]}, "3 and 2"),
+        (lambda inputs: {"k_pages": inputs["k_pages"].double()}, "float64"),
+        (lambda _: {"window": 0}, "at least 1, got 0"),
+    ],
     "muon_momentum": [
         (half("momentum"), r"\(2, 7, 31\), got \(2, 7, 15\)"),
         (as_int("grads"), "int32"),

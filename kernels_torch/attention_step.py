@@ -1,0 +1,68 @@
+"""All of attention between the projections, for the newest token of each row: decoding's step."""
+
+from torch import Tensor
+
+from kernels_torch.attention import check_window
+from kernels_torch.attention_decode import attention_decode_paged
+from kernels_torch.qk_norm_rope import check_qk_norm_rope_append_paged, qk_norm_rope_append_paged
+
+
+def attention_step_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    *,
+    eps: float | None = 1e-6,
+    qk_scale: float = 1.0,
+    window: int | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qk_norm_rope_append_paged` of one token a row, then `attention_decode_paged` of it over all there is with it.
+
+    q                 [B, 1, H, D]
+    k, v              [B, 1, Hkv, D], the dtype of q
+    k_pages, v_pages  [P, page, Hkv, D] in the dtype of q: written in place
+    block_table, cos, sin   as there
+    lengths           [B] integers on the device: tokens each row held before, fewer than n · page (not checked: that
+                      would wait for the device)
+    eps, qk_scale     of the norm of q and k
+    window, scale     of the attention
+    → (out [B, 1, H, D], k_pages, v_pages)
+
+    There is no gradient. Raises ValueError for shapes and dtypes that do not fit together.
+    """
+    check_attention_step_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, window)
+    places = (block_table, cos, sin, lengths)
+    q, k_pages, v_pages = qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale)
+    out = attention_decode_paged(q, k_pages, v_pages, block_table, lengths + 1, window=window, scale=scale)
+    return out, k_pages, v_pages
+
+
+def check_attention_step_paged(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor,
+    eps: float | None,
+    window: int | None,
+) -> None:
+    """Refuse what `attention_step_paged` cannot mean."""
+    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps)
+    if q.shape[1] != 1:
+        raise ValueError(f"a step takes one token a row, got q {tuple(q.shape)}")
+    if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
+        raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}")
+    if not q.dtype == k_pages.dtype == v_pages.dtype:
+        raise ValueError(f"pages must be {q.dtype} like q, got {k_pages.dtype} and {v_pages.dtype}")
+    check_window(window)
