@@ -1,0 +1,127 @@
+"""The product of few rows beyond the contract: codes as they are saved, rows wherever they lie, chains in a graph."""
+
+import pytest
+import torch
+
+import kernels_torch
+from kernels_torch.cases import CASES
+from kernels_torch.quantised_weight import FORMS, GROUPS, quantise
+from tests.conftest import HAS_GPU
+from tests.kernels.test_contract import BACKENDS, MODULES
+from tests.numerics import assert_close, judge, run
+
+pytestmark = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+OP = "linear_decode"
+
+
+def linear_decode(*args, **options):
+    return MODULES["triton"].linear_decode(*args, **options)
+
+
+def compare(inputs: dict) -> None:
+    """With the reference on the same inputs, whose dtypes stay as they are."""
+    exact = kernels_torch.linear_decode(**{name: wide(name, value) for name, value in inputs.items()})
+    assert_close(linear_decode(**inputs), exact, kernels_torch.linear_decode(**inputs), OP)
+
+
+def wide(name: str, value: object) -> object:
+    """In fp64; codes stay codes."""
+    is_code = name == "weight" and isinstance(value, torch.Tensor) and value.element_size() == 1
+    is_float = isinstance(value, torch.Tensor) and value.is_floating_point() and not is_code
+    return value.double() if is_float else None if name == "out_dtype" else value
+
+
+@pytest.mark.parametrize("N", [1, 3, 6])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("group", GROUPS)
+def test_codes_as_they_are_saved(N, form, group, device):
+    """Scales of int4 are bf16, in no dtype the contract tests."""
+    codes, scales = quantise(torch.randn(19, 200, device=device), form, group)
+    compare(dict(x=torch.randn(N, 200, device=device), weight=codes, scales=scales, eps=1e-6))
+
+
+@pytest.mark.parametrize("N", [1, 2, 4, 5, 16, 17, 32, 33, 64, 65])
+def test_any_number_of_rows(N, device):
+    """Around each limit from one kernel to the next."""
+    inputs = CASES[OP].make(dict(N=N, C=70, F=23, norm=True, activation="relu2", residual=True), torch.float32, device)
+    judge(OP, run(OP, linear_decode, CASES[OP].cast(inputs, torch.float32)), inputs)
+
+
+@pytest.mark.parametrize("N", [1, 3, 7])
+def test_parts_of_wider_rows_are_read_where_they_lie(N, device):
+    """q is a part of the row that holds q, k and v; more than two dimensions are rows, too."""
+    wider = torch.randn(N, 1, 300, device=device)
+    weight, residual = torch.randn(40, 96, device=device), torch.randn(N, 1, 90, device=device)[..., 7:47]
+    compare(dict(x=wider[..., 100:196], weight=weight, residual=residual))
+
+
+def test_parts_of_a_weight_are_weights(device):
+    """The head without its padding; one of several that were stacked."""
+    stacked = torch.randn(48, 64, device=device)
+    for rows in (slice(0, 20), slice(20, 41), slice(47, 48)):
+        compare(dict(x=torch.randn(2, 64, device=device), weight=stacked[rows], out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("N", [2, 7])
+def test_a_row_has_its_bits_whatever_the_others_hold(N, device):
+    for form in (None, *FORMS):
+        weight, scales = torch.randn(24, 256, device=device), None
+        if form is not None:
+            weight, scales = quantise(weight, form)
+        x = torch.randn(N, 256, device=device)
+        alone = linear_decode(x, weight, scales, eps=1e-6)
+        x[1:] = torch.nan
+        assert torch.equal(linear_decode(x, weight, scales, eps=1e-6)[0], alone[0])
+
+
+# Where there is a GPU: bf16, and the kernels that only it has.
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("N", [1, 2, 4, 5, 8, 16, 32, 64])
+@pytest.mark.parametrize(("C", "F"), [(384, 1152), (768, 2304), (2176, 2176), (8704, 130), (320, 200), (64, 17)])
+def test_bf16_is_as_exact_as_plain_pytorch(form, N, C, F, device):
+    for options in (
+        {"norm": True, "activation": "relu2"},
+        {"residual": True},
+        {"out_dtype": torch.float32, "softcap": 3.0},
+    ):
+        inputs = CASES[OP].make(dict(N=N, C=C, F=F, **options), torch.bfloat16, device)
+        if form is not None:
+            inputs["weight"], inputs["scales"] = quantise(inputs["weight"].float(), form)
+        compare(inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not HAS_GPU, reason="no GPU")
+@pytest.mark.parametrize("form", [None, "int8", "int4"])
+def test_a_chain_in_a_graph_gives_what_it_gives_outside(form, device):
+    """Kernels that begin before the one before them has ended must wait for what they read: 60 in a row, often."""
+    layers = []
+    for i in range(60):
+        weight = torch.randn(1536 if i % 2 else 768, 768 if i % 2 else 1536, device=device) / 28
+        layers.append((weight.bfloat16(), None) if form is None else quantise(weight, form))
+    x = torch.randn(1, 1536, device=device, dtype=torch.bfloat16)
+
+    def chain() -> torch.Tensor:
+        y = x
+        for weight, scales in layers:
+            y = linear_decode(y, weight, scales, eps=1e-6)
+        return y
+
+    chain()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain()
+    for seed in range(20):
+        x.copy_(torch.randn(x.shape, device=device, generator=torch.Generator(device).manual_seed(seed)))
+        expected = x
+        for weight, scales in layers:
+            expected = linear_decode(expected, weight, scales, eps=1e-6)
+            torch.cuda.synchronize()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
