@@ -49,7 +49,7 @@ def draw_tokens(
 
 
 def keep_best(scores: Tensor, top_k: Tensor, most: int) -> Tensor:
-    """Leave the top_k [B] highest scores of each row (0: all), of equals those with the lowest index; −inf elsewhere."""
+    """Leave the top_k [B] highest scores of each row (0: all), of equals those with the lowest index; else −inf."""
     V = scores.shape[1]
     K = min(most, V)
     n = torch.where(top_k == 0, V, top_k.clamp(max=V))[:, None]  # how many to keep (B, 1)

@@ -1,4 +1,4 @@
-"""What there is to note of each row when its next token is known: all state of a decoding loop, where a graph finds it."""
+"""What there is to note of a row when its next token is known: all state of a decoding loop, where graphs find it."""
 
 import torch
 from torch import Tensor

@@ -187,7 +187,7 @@ def attention_step_paged(
     (B, _, H, D), page = q.shape, k_pages.shape[1]
     cache_bytes = 2 * B * block_table.shape[1] * page * H * D * q.element_size()
     side_by_side = k_pages.stride(3) == v_pages.stride(3) == 1
-    if H != k.shape[2] or tile_for(1, D, q.element_size(), cache_bytes).BM > 1 or not side_by_side:
+    if k.shape[2] != H or tile_for(1, D, q.element_size(), cache_bytes).BM > 1 or not side_by_side:
         places = (block_table, cos, sin, lengths)
         q, *_ = qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale)
         out = attention_decode_paged(q, k_pages, v_pages, block_table, lengths + 1, window=window, scale=scale)
