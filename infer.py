@@ -125,7 +125,7 @@ def load_engine(config: InferConfig) -> Engine:
     check_hardware(config.hardware)
     saved = checkpoint.read_checkpoint(checkpoint.find_asked(config.ckpt, config.runs_dir))
     device = distributed.init(with_dtype_of(saved, config.hardware))
-    ops = load_ops(config.kernels, device.device, device.dtype)
+    ops = load_ops(config.kernels, device.device, device.dtype, trains=False)
     tokenizer = tokenizer_from_json(saved.tokenizer_json)
     model = load_model(saved, tokenizer.vocab_size, ops, device, quantisation_named(config.quant, config.quant_group))
     n_parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -60,7 +60,7 @@ def join_and_train(run: RunConfig) -> None:
         tensorboard_writer()  # missing, it is missed now rather than when the data is ready
     device = distributed.init(run.hardware)
     try:
-        ops = load_ops(run.kernels, device.device, device.dtype)
+        ops = load_ops(run.kernels, device.device, device.dtype, generates=False)
         cost.require_memory(run.model, run.hardware.device_batch_size, memory_bytes(device.device))
         directory = choose_directory(run, device)
         with run_directory.lock(directory.path, device.is_main):

@@ -71,8 +71,23 @@ KernelConfig.__module__ = __name__  # so that it can be pickled
 KernelConfig.__doc__ = "The backend of every op: a word X stands for the package kernels_X."
 
 
-def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtype = torch.float32) -> Ops:
+# What only training runs, and what only the engine does.
+TRAINING = {op for op in Ops.__dataclass_fields__ if op.startswith(("linear_cross", "muon_", "newton_", "adamw_"))}
+ENGINE = {*FORMS, "linear_decode", "draw_tokens"}
+
+
+def load_ops(
+    config: KernelConfig,
+    device: torch.device | str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    trains: bool = True,
+    generates: bool = True,
+) -> Ops:
     """The functions `config` asks for, each proven to be there and, for Triton, to run on `device` in `dtype`.
+
+    trains     False: what only training runs is not proven, nor are gradients: to compile it all takes its time
+    generates  False: what only the engine runs is not
 
     Raises KestrelError for a backend that does not exist, cannot run here, or lacks the op.
     """
@@ -85,9 +100,10 @@ def load_ops(config: KernelConfig, device: torch.device | str, dtype: torch.dtyp
     chosen |= {form: chosen[op] for form, op in FORMS.items()}
     modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
+    unused = (set() if trains else TRAINING) | (set() if generates else ENGINE)
     for op, backend in chosen.items():
-        if is_triton(backend):
-            prove(op, ops[op], device, dtype, remedy=remedy_for(op, backend, device))
+        if is_triton(backend) and op not in unused:
+            prove(op, ops[op], device, dtype, remedy=remedy_for(op, backend, device), gradients=trains)
     return Ops(**ops)
 
 
@@ -201,9 +217,14 @@ def remedy_for(op: str, backend: str, device: torch.device) -> str:
 
 
 def prove(
-    op: str, function: Callable, device: torch.device, dtype: torch.dtype = torch.float32, remedy: str = "torch"
+    op: str,
+    function: Callable,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    remedy: str = "torch",
+    gradients: bool = True,
 ) -> None:
-    """Run the op once, forward and backward, on its smallest case and compare with the reference.
+    """Run the op once, forward and perhaps backward, on its smallest case and compare with the reference.
 
     This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
     precision test: those are in tests/kernels.
@@ -213,7 +234,8 @@ def prove(
     for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]:
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-                got, expected = (run_case(case, shape, f, device, dtype) for f in (function, reference(op)))
+                both = (function, reference(op))
+                got, expected = (run_case(case, shape, f, device, dtype, gradients) for f in both)
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise KestrelError(f"the triton kernel of {op} does not run on {device} ({reason}): {remedy}") from error
@@ -222,10 +244,13 @@ def prove(
                 raise KestrelError(f"the triton kernel of {op} gives wrong results on {device}: {remedy}")
 
 
-def run_case(case: object, shape: dict, function: Callable, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+def run_case(
+    case: object, shape: dict, function: Callable, device: torch.device, dtype: torch.dtype, gradients: bool = True
+) -> list[Tensor]:
     """Outputs and gradients of `function` on one of the case's shapes."""
     inputs = case.make(shape, dtype, device)
-    leaves = [inputs[name].requires_grad_() for name in case.differentiable if inputs[name] is not None]
+    names = case.differentiable if gradients else ()
+    leaves = [inputs[name].requires_grad_() for name in names if inputs[name] is not None]
     with torch.enable_grad():
         out = function(**inputs)
         outs = list(out) if isinstance(out, tuple) else [out]

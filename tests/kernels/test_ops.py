@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 import kernels_torch
 import model.ops
 from errors import KestrelError
+from model import ops as ops_module
 from model.ops import OP_NAMES, KernelConfig, describe_ops, load_ops, prove
 from tests.conftest import HAS_GPU
 from tests.kernels.test_contract import BACKENDS, MODULES
@@ -164,6 +165,20 @@ def test_which_of_two_kernels_runs_is_said(monkeypatch):
     assert "; attention by its kernels for every GPU" in describe_ops(config, gpu, torch.float32)
     others = KernelConfig(backend="triton", attention="triton_portable")
     assert "attention by" not in describe_ops(others, gpu, torch.bfloat16)
+
+
+@pytest.mark.parametrize(("options", "proven", "not_proven"), [
+    (dict(trains=False), {"rmsnorm", "linear_decode", "take_tokens"}, {"muon_update", "linear_cross_entropy"}),
+    (dict(generates=False), {"rmsnorm", "linear_cross_entropy", "attention_decode"}, {"draw_tokens", "take_tokens"}),
+    (dict(), {"rmsnorm", "linear_decode", "muon_update"}, set()),
+])  # fmt: skip
+def test_what_a_command_does_not_run_is_not_proven(options, proven, not_proven, device, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(ops_module, "prove", lambda op, *_, gradients, **__: seen.update({op: gradients}))
+    load_ops(KernelConfig(backend="triton"), device, **options)
+    assert proven <= set(seen)
+    assert not not_proven & set(seen)
+    assert set(seen.values()) == {options.get("trains", True)}
 
 
 def test_ops_can_be_spied_on_by_replacing_one(device):
