@@ -687,7 +687,7 @@ CASES = {
             differentiable=("q", "k", "v"),
             batched=("q", "k", "v"),
             part=attention_part,
-            prove=(dict(B=1, T=200, H=2, Hkv=1, D=128),),
+            prove=(dict(B=1, T=200, H=2, Hkv=2, D=128),),
             check=[
                 dict(B=2, T=17, H=4, Hkv=2, D=16),
                 dict(B=1, T=13, H=2, Hkv=2, D=8, window=4),
