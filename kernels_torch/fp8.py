@@ -138,7 +138,7 @@ def encode(x: Tensor, unit: Tensor, norm: Tensor, dtype: torch.dtype) -> Fp8:
     """x [N, D] in units. What is not finite becomes NaN, though the formats could hold the largest value instead."""
     largest = torch.finfo(dtype).max
     scaled = torch.where(x.isfinite(), x.float() / unit, math.nan).clamp(-largest, largest)
-    values = scaled.to(dtype)
+    values = scaled.to(dtype).contiguous()
     return Fp8(values, turn(values), torch.cat([unit, norm]))
 
 

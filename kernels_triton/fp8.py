@@ -4,9 +4,8 @@ How often a value of each tensor moves through memory, in bytes, beside what the
 
     x after a norm             2 read, values and transpose written                      4
     x of elsewhere, dy         2 read to measure, then the same                          6
-    relu² and its gradient     rounded where they are made (fp8_matmul.py)               0
-                               or by a pass after cuBLAS                                 3 and 4
-    their transposes           1 read and 1 written each, in the backward pass           2 and 2
+    relu² and its gradient     rounded where they are made (fp8_matmul.py), both ways    0
+                               or by passes after cuBLAS, which turn relu² once more     5 and 8
 
 Measuring takes the largest value and the largest row norm as the bits of non-negative floats, whose order is that of
 integers, by integer atomics: exact whatever the order, and NaN, whose bits are above all others, is not lost.
@@ -41,8 +40,9 @@ from kernels_triton.tables import table_of
 
 __all__ = ["Fp8", "empty_weight", "fp8_linear", "fp8_relu2_mlp", "fp8_weights"]
 
-# Not measured yet: warps, values at a time, programs a processor.
-MEASURE, MEASURE_VALUES, STAY = 4, 2048, 16
+# Warps, values at a time, programs a processor. H200, bf16, 65536 × 768 and 32768 × 1280 with the zeros before: 39 and 35 µs,
+# where reading takes 24 and 20; (4, 2048, 16) 42 and 37, (2, 4096, 16) 40 and 35, (4, 4096, 8) 46 and 42, (8, 4096, 8) 62 and 42.
+MEASURE, MEASURE_VALUES, STAY = 4, 4096, 16
 # BT: words of four rows. H200, bf16, 65536 × 768: 56 µs (a copy of as many bytes 52); (32, 64, 4) 58, (32, 128, 8) 57.
 # 32768 × 1280: 49 (43). Turning 65536 × 3072 bytes: 114 µs, 32768 × 5120: 95; (32, 128, 4) 112 and 94.
 PASS = Tile(BT=16, BD=128, warps=4)
@@ -307,10 +307,10 @@ def turn(values: Tensor) -> Tensor:
     return turned
 
 
-def _relu2(q: Fp8, up: Tensor, up_facts: Tensor, dtype: torch.dtype) -> Fp8:
-    """relu(x W_upᵀ)² [N, F] in e4m3, not turned; with it the bound of x W_upᵀ in the place of a norm."""
+def _relu2(q: Fp8, up: Tensor, up_facts: Tensor, dtype: torch.dtype, turned: bool = True) -> Fp8:
+    """relu(x W_upᵀ)² [N, F] in e4m3; with it the bound of x W_upᵀ in the place of a norm."""
     if fuses_fp8(q.values, up):
-        return Fp8(*matmul_relu2_fp8(q.values, up, q.facts, up_facts))
+        return Fp8(*matmul_relu2_fp8(q.values, up, q.facts, up_facts, turned))
     z = product(q.values, up, q.facts, up_facts, dtype, fast=True)
     a = _empty_fp8(*z.shape, E4M3, z.device, turned=False)
     if z.numel() > 0:
@@ -318,22 +318,24 @@ def _relu2(q: Fp8, up: Tensor, up_facts: Tensor, dtype: torch.dtype) -> Fp8:
             _relu2_kernel, (ceil_div(z.numel(), BLOCK),), z=z, a=a.values, facts=a.facts, x_facts=q.facts,
             up_facts=up_facts, n=z.numel(), TOP=TOP[E4M3], BLOCK=BLOCK, num_warps=WARPS,
         )
-    return a
+    return a._replace(turned=turn(a.values)) if turned else a
 
 
-def _relu2_grad(d: Fp8, down_turned: Tensor, down_facts: Tensor, a: Tensor, a_facts: Tensor, dtype: torch.dtype) -> Fp8:
-    """dz = 2 √a · (dy W_down) [N, F] in e5m2, not turned."""
+def _relu2_grad(
+    d: Fp8, down_turned: Tensor, down_facts: Tensor, a_turned: Tensor, a_facts: Tensor, dtype: torch.dtype, turned: bool = True
+) -> Fp8:
+    """dz = 2 √a · (dy W_down) [N, F] in e5m2."""
     if fuses_fp8(d.values, down_turned):
-        return Fp8(*matmul_relu2_grad_fp8(d.values, down_turned, a, d.facts, down_facts, a_facts))
+        return Fp8(*matmul_relu2_grad_fp8(d.values, down_turned, a_turned, d.facts, down_facts, a_facts, turned))
     dh = product(d.values, down_turned, d.facts, down_facts, dtype, fast=False)
     dz = _empty_fp8(*dh.shape, E5M2, dh.device, turned=False)
     if dh.numel() > 0:
         launch(
-            _relu2_grad_kernel, (ceil_div(dh.numel(), BLOCK),), dh=dh, a=a, dz=dz.values, facts=dz.facts, a_facts=a_facts,
+            _relu2_grad_kernel, (ceil_div(dh.numel(), BLOCK),), dh=dh, a=turn(a_turned), dz=dz.values, facts=dz.facts, a_facts=a_facts,
             dy_facts=d.facts, down_facts=down_facts, n=dh.numel(), D=d.values.shape[1], TOP=TOP[E5M2],
             DOWN_TOP=2.0 ** TOP[E4M3], BLOCK=BLOCK, num_warps=WARPS,
         )
-    return dz
+    return dz._replace(turned=turn(dz.values)) if turned else dz
 
 
 def fp8_weights(sources: Sequence[Sequence[Tensor]], weights: Sequence[Fp8]) -> None:
@@ -399,7 +401,7 @@ class _Linear(torch.autograd.Function):
 
 
 class _Relu2MLP(torch.autograd.Function):
-    """Keeps the transpose of x, and relu² as it is, in 8 bits."""
+    """Keeps the transposes of x and of relu² in 8 bits."""
 
     @staticmethod
     def forward(
@@ -407,25 +409,25 @@ class _Relu2MLP(torch.autograd.Function):
         down: Tensor, down_turned: Tensor, down_facts: Tensor, w_up: Tensor, w_down: Tensor,
     ) -> Tensor:
         q = quantize([as_rows(x)], E4M3, row_norm, turned=ctx.needs_input_grad[8])
-        a = _relu2(q, up, up_facts, x.dtype)
-        ctx.save_for_backward(q.turned, q.facts, a.values, a.facts, up_turned, up_facts, down_turned, down_facts)
+        a = _relu2(q, up, up_facts, x.dtype, turned=any(ctx.needs_input_grad))
+        ctx.save_for_backward(q.turned, q.facts, a.turned, a.facts, up_turned, up_facts, down_turned, down_facts)
         return product(a.values, down, a.facts, down_facts, x.dtype, fast=True).view(x.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x_turned, x_facts, a, a_facts, up_turned, up_facts, down_turned, down_facts = ctx.saved_tensors
+        x_turned, x_facts, a_turned, a_facts, up_turned, up_facts, down_turned, down_facts = ctx.saved_tensors
         needs_x, needs_up, needs_down = ctx.needs_input_grad[0], *ctx.needs_input_grad[8:]
         d = quantize([as_rows(dy)], E5M2, turned=needs_down)
         dx = dw_up = dw_down = None
         if needs_x or needs_up:
-            g = _relu2_grad(d, down_turned, down_facts, a, a_facts, dy.dtype)
+            g = _relu2_grad(d, down_turned, down_facts, a_turned, a_facts, dy.dtype, turned=needs_up)
             if needs_x:
                 dx = product(g.values, up_turned, g.facts, up_facts, dy.dtype, fast=False).view(dy.shape)
             if needs_up:
-                dw_up = product(turn(g.values), x_turned, g.facts, x_facts, torch.float32, fast=False)
+                dw_up = product(g.turned, x_turned, g.facts, x_facts, torch.float32, fast=False)
         if needs_down:
-            dw_down = product(d.turned, turn(a), d.facts, a_facts, torch.float32, fast=False)
+            dw_down = product(d.turned, a_turned, d.facts, a_facts, torch.float32, fast=False)
         return dx, *[None] * 7, dw_up, dw_down
 
 

@@ -1,12 +1,15 @@
 """Products of 8-bit numbers whose result is rounded to 8 bits where it is made, on Hopper's tensor cores.
 
-    matmul_relu2_fp8         a = relu(x wᵀ)²                  x [N, D], w [F, D] e4m3 → a [N, F] e4m3
-    matmul_relu2_grad_fp8    dz = 2 √a · (dy wᵀ)              dy [N, D] e5m2, w [F, D] e4m3, a [N, F] e4m3 → dz [N, F] e5m2
+    matmul_relu2_fp8         a = relu(x wᵀ)²            x [N, D], w [F, D] e4m3 → a [N, F] e4m3, and aᵀ
+    matmul_relu2_grad_fp8    dz = 2 √a · (dy wᵀ)        dy [N, D] e5m2, w [F, D] e4m3, aᵀ [F, N] e4m3 → dz [N, F] e5m2, and dzᵀ
 
 Both operands lie along the dimension that is summed over, as these tensor cores want them: w is W_up, and W_down turned.
 The unit of the result comes from bounds (kernels_torch/fp8.py), known before the first product. Blocks come and go by TMA
 as in matmul.py; sums lose digits beyond 14 bits on their way, as in cuBLAS's fast ones, which is nothing beside the
 rounding of what is summed. The first program writes the unit and the bound; each tile has one writer.
+
+The products to come want the transposes, too: written here, byte by byte through shared memory, they cost 18 to 62 µs, and
+a pass of their own 95 and 114. Reading aᵀ instead of a costs 5 to 8, and a need not be kept.
 """
 
 import torch
@@ -53,7 +56,7 @@ def note(facts, unit, bound):
 
 @triton.jit
 def _matmul_relu2_fp8_kernel(
-    x, w, a, x_facts, w_facts, facts, N, F, D,
+    x, w, a, a_turned, x_facts, w_facts, facts, N, F, D,
     TOP: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):
     scale = tl.load(x_facts) * tl.load(w_facts)
@@ -67,14 +70,20 @@ def _matmul_relu2_fp8_kernel(
             b_x, b_w = x.load([i_n * BN, i_d * BD]), w.load([i_f * BF, i_d * BD])                       # [BN, BD], [BF, BD]
             b_z = tl.dot(b_x, b_w.T, b_z)
         b_left, b_right = _halves(b_z)                                                                  # [BN, BF / 2]
-        a.store([i_n * BN, i_f * BF], (relu2(b_left * scale) * (1.0 / unit)).to(a.dtype))
-        a.store([i_n * BN, i_f * BF + BF // 2], (relu2(b_right * scale) * (1.0 / unit)).to(a.dtype))
+        b_left = (relu2(b_left * scale) * (1.0 / unit)).to(a.dtype)
+        a.store([i_n * BN, i_f * BF], b_left)
+        if a_turned is not None:
+            a_turned.store([i_f * BF, i_n * BN], b_left.T)
+        b_right = (relu2(b_right * scale) * (1.0 / unit)).to(a.dtype)
+        a.store([i_n * BN, i_f * BF + BF // 2], b_right)
+        if a_turned is not None:
+            a_turned.store([i_f * BF + BF // 2, i_n * BN], b_right.T)
     note(facts, unit, bound)
 
 
 @triton.jit
 def _matmul_relu2_grad_fp8_kernel(
-    dy, w, a, dz, dy_facts, w_facts, a_facts, facts, N, F, D,
+    dy, w, a_turned, dz, dz_turned, dy_facts, w_facts, a_facts, facts, N, F, D,
     TOP: tl.constexpr, DOWN_TOP: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):
     scale, a_unit = tl.load(dy_facts) * tl.load(w_facts), tl.load(a_facts)
@@ -87,16 +96,21 @@ def _matmul_relu2_grad_fp8_kernel(
         for i_d in range(tl.cdiv(D, BD)):
             b_dy, b_w = dy.load([i_n * BN, i_d * BD]), w.load([i_f * BF, i_d * BD])                     # [BN, BD], [BF, BD]
             b_dh = tl.dot(b_dy, b_w.T, b_dh)
-        b_a = a.load([i_n * BN, i_f * BF]).to(tl.float32) * a_unit                                      # [BN, BF]
-        dz.store([i_n * BN, i_f * BF], (relu2_grad(b_dh * scale, b_a) * (1.0 / unit)).to(dz.dtype))
+        b_a = a_turned.load([i_f * BF, i_n * BN]).T.to(tl.float32) * a_unit                             # [BN, BF]
+        b_dz = (relu2_grad(b_dh * scale, b_a) * (1.0 / unit)).to(dz.dtype)                              # [BN, BF]
+        dz.store([i_n * BN, i_f * BF], b_dz)
+        if dz_turned is not None:
+            dz_turned.store([i_f * BF, i_n * BN], b_dz.T)
     note(facts, unit, bound)
 
 
-# H200, N=65536 D=768 F=3072 / N=32768 D=1280 F=5120: 259 / 317 µs, where cuBLAS's product alone, to bf16, takes 263 / 320.
-# Three stages 283 / 339, BD 64 with six 270 / 330, 128 × 128 with two programs a processor 280 / 345.
+# H200, N=65536 D=768 F=3072 / N=32768 D=1280 F=5120: 313 / 354 µs, without the transpose 261 / 336; cuBLAS's product alone,
+# to bf16, 263 / 320. Three stages 364 / 394, 128 × 128 with two programs a processor 317 / 370. Without the transpose BD 64
+# with six stages 1.04 times as long.
 FORWARD = Tile(BN=128, BF=256, BD=128, warps=8, stages=4, group=8, stay=1)
 
-# 332 / 388 µs; cuBLAS's product alone 276 / 336. 8 warps 337 / 392, one program of 128 × 256 356 / 397.
+# 395 / 420 µs, without the transpose 334 / 386; cuBLAS's product alone 276 / 336. 8 warps and two stages 486 / 554. Without
+# the transpose: `flatten`, 128 × 256, 8 warps, three stages 324 / 368, which has no room for the transpose.
 BACKWARD = Tile(BN=128, BF=128, BD=128, warps=4, stages=3, group=1, stay=2)
 
 
@@ -106,37 +120,43 @@ def fuses_fp8(x: Tensor, w: Tensor) -> bool:
     return is_hopper(x.device) and 2 * tiles >= 5 * n_processors(x.device)
 
 
-def matmul_relu2_fp8(x: Tensor, w: Tensor, x_facts: Tensor, w_facts: Tensor) -> tuple[Tensor, None, Tensor]:
-    """→ a [N, F], and its facts: the unit, and the bound of x wᵀ."""
+def matmul_relu2_fp8(
+    x: Tensor, w: Tensor, x_facts: Tensor, w_facts: Tensor, turned: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """→ a [N, F], its transpose if that is wanted, and its facts: the unit, and the bound of x wᵀ."""
     (N, D), F, tile = x.shape, w.shape[0], FORWARD
     a = torch.empty((N, F), dtype=E4M3, device=x.device)
+    a_turned = torch.empty((F, N), dtype=E4M3, device=x.device) if turned else None
     facts = torch.empty(2, dtype=torch.float32, device=x.device)
     launch_with_descriptors(
         _matmul_relu2_fp8_kernel, _programs(N, F, tile, x.device), x.device,
         x=TensorDescriptor.from_tensor(x, [tile.BN, tile.BD]),
         w=TensorDescriptor.from_tensor(w, [tile.BF, tile.BD]),
         a=TensorDescriptor.from_tensor(a, [tile.BN, tile.BF // 2]),
+        a_turned=TensorDescriptor.from_tensor(a_turned, [tile.BF // 2, tile.BN]) if turned else None,
         x_facts=x_facts, w_facts=w_facts, facts=facts, N=N, F=F, D=D, TOP=TOP[E4M3],
         BN=tile.BN, BF=tile.BF, BD=tile.BD, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )
-    return a, None, facts
+    return a, a_turned, facts
 
 
 def matmul_relu2_grad_fp8(
-    dy: Tensor, w: Tensor, a: Tensor, dy_facts: Tensor, w_facts: Tensor, a_facts: Tensor
-) -> tuple[Tensor, None, Tensor]:
-    """→ dz [N, F], and its facts: the unit, and its bound."""
+    dy: Tensor, w: Tensor, a_turned: Tensor, dy_facts: Tensor, w_facts: Tensor, a_facts: Tensor, turned: bool = True
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """→ dz [N, F], its transpose if that is wanted, and its facts: the unit, and its bound."""
     (N, D), F, tile = dy.shape, w.shape[0], BACKWARD
     dz = torch.empty((N, F), dtype=E5M2, device=dy.device)
+    dz_turned = torch.empty((F, N), dtype=E5M2, device=dy.device) if turned else None
     facts = torch.empty(2, dtype=torch.float32, device=dy.device)
     launch_with_descriptors(
         _matmul_relu2_grad_fp8_kernel, _programs(N, F, tile, dy.device), dy.device,
         dy=TensorDescriptor.from_tensor(dy, [tile.BN, tile.BD]),
         w=TensorDescriptor.from_tensor(w, [tile.BF, tile.BD]),
-        a=TensorDescriptor.from_tensor(a, [tile.BN, tile.BF]),
+        a_turned=TensorDescriptor.from_tensor(a_turned, [tile.BF, tile.BN]),
         dz=TensorDescriptor.from_tensor(dz, [tile.BN, tile.BF]),
+        dz_turned=TensorDescriptor.from_tensor(dz_turned, [tile.BF, tile.BN]) if turned else None,
         dy_facts=dy_facts, w_facts=w_facts, a_facts=a_facts, facts=facts, N=N, F=F, D=D, TOP=TOP[E5M2],
         DOWN_TOP=2.0 ** TOP[E4M3],
         BN=tile.BN, BF=tile.BF, BD=tile.BD, GROUP=tile.group, num_warps=tile.warps, num_stages=tile.stages,
     )
-    return dz, None, facts
+    return dz, dz_turned, facts

@@ -328,8 +328,7 @@ def test_backward_keeps_one_byte_a_value(backend, device):
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
         MODULES[backend].fp8_relu2_mlp(x, w_up.requires_grad_(), w_down.requires_grad_(), up, down, row_norm=row_norm)
     large = {tuple(t.shape): t.element_size() for t in kept if t.numel() > 4 and t.data_ptr() not in ours}
-    hidden = (128, 32) if backend == "torch" else (32, 128)
-    assert large == {(64, 32): 1, hidden: 1}
+    assert large == {(64, 32): 1, (128, 32): 1}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -395,12 +394,14 @@ def test_relu2_in_the_epilogue(N, D, F, device):
     assert not ours.fuses_fp8(q.values, up.values)
     a, passed = Fp8(*matmul.matmul_relu2_fp8(q.values, up.values, q.facts, up.facts)), ours._relu2(q, *up[::2], x.dtype)
     assert torch.equal(a.facts, passed.facts)
-    assert relative_error(back(a), back(passed)) < 0.02
-    dz = Fp8(*matmul.matmul_relu2_grad_fp8(d.values, down.turned, a.values, d.facts, down.facts, a.facts))
-    passed = ours._relu2_grad(d, down.turned, down.facts, a.values, a.facts, x.dtype)
+    assert relative_error(back(a), back(passed)) < 0.03
+    dz = Fp8(*matmul.matmul_relu2_grad_fp8(d.values, down.turned, a.turned, d.facts, down.facts, a.facts))
+    passed = ours._relu2_grad(d, down.turned, down.facts, a.turned, a.facts, x.dtype)
     assert torch.equal(dz.facts, passed.facts)
-    assert relative_error(back(dz), back(passed)) < 0.02
-    assert same_bits(ours.turn(dz.values), dz.values.view(torch.uint8).t())
+    assert relative_error(back(dz), back(passed)) < 0.03
+    for q in (a, dz):
+        assert same_bits(q.turned, q.values.view(torch.uint8).t())
+        assert same_bits(ours.turn(q.values), q.turned)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
@@ -417,7 +418,7 @@ def test_the_epilogue_keeps_what_is_not_a_number(device):
     assert a[[0, 1, 2, *range(4, 16)]].isfinite().all()
     a = Fp8(*matmul.matmul_relu2_fp8(q.values, w.values, q.facts, w.facts))
     d = quantize("triton", bad, E5M2, 4.0)
-    dz = matmul.matmul_relu2_grad_fp8(d.values, w.turned, a.values, d.facts, w.facts, a.facts)[0].float()
+    dz = matmul.matmul_relu2_grad_fp8(d.values, w.turned, a.turned, d.facts, w.facts, a.facts)[0].float()
     assert dz[3].isnan().all()
     assert dz[:3].isfinite().all()
 
@@ -441,21 +442,22 @@ def test_can_be_compiled_and_captured(backend, device):
         y = MODULES[backend].fp8_relu2_mlp(x, w_up, w_down, up, down, row_norm=row_norm)
         return MODULES[backend].fp8_linear(y, [w_up[:256]], o)[1]
 
-    def gradients(function) -> list[Tensor]:
+    def gradients(function, leaves: list[Tensor] = leaves) -> list[Tensor]:
         y = function(*leaves)
         return [y.detach(), *torch.autograd.grad(y, leaves, torch.ones_like(y))]
 
     eager = gradients(run)
     torch._dynamo.reset()
     compiled = gradients(torch.compile(run, fullgraph=True))
+    fresh = [leaf.detach().clone().requires_grad_() for leaf in leaves]  # whose gradients no other stream has seen
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        gradients(run)
+        gradients(run, fresh)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = gradients(run)
+        captured = gradients(run, fresh)
     graph.replay()
     for name, a, b, c in zip(("y", "dx", "dw_up", "dw_down"), eager, compiled, captured, strict=True):
         assert torch.equal(a, c), name

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 import kernels_torch.fp8
+import model.layers.fp8 as layers_fp8
 from data.batches import Batch
 from errors import KestrelError
+from model import build
 from model.layers.fp8 import Fp8Layers, load_fp8, train_in_fp8
 from model.ops import KernelConfig
 from optim.groups import MuonAdamWConfig, parameter_groups
@@ -41,6 +43,12 @@ def loss_and_gradients(model, row):
     return loss.detach(), torch.autograd.grad(loss, list(model.parameters()))
 
 
+@pytest.fixture(autouse=True)
+def all_that_fit(monkeypatch):
+    """Take part, whether it pays or not: such small models are nowhere but here."""
+    monkeypatch.setattr(layers_fp8, "WORTH_MEASURING", 0)
+
+
 @pytest.mark.parametrize(
     ("form", "text"),
     [
@@ -57,6 +65,15 @@ def loss_and_gradients(model, row):
 def test_it_says_which_layers_take_part(form, text):
     _, fp8 = in_fp8(fresh(FORMS_WIDE[form]))
     assert fp8.describe() == text
+
+
+@pytest.mark.parametrize(("depth", "text"), [(12, "60 of 73"), (18, "90 of 109"), (20, "120 of 121")])
+def test_a_projection_alone_takes_part_in_wide_models(depth, text, monkeypatch):
+    monkeypatch.undo()
+    wide = build(nanochat(depth=depth, head_dim=128, aspect_ratio=64, sequence_len=128), 512, torch_ops())
+    description = train_in_fp8(wide, kernels_torch.fp8).describe()
+    assert description.startswith(f"fp8: the products of {text} matrices while training; not: ")
+    assert ("transformer.h.*.attn.c_proj" in description) == (depth < 20)
 
 
 def test_narrow_models_have_no_layer_that_does():
@@ -141,6 +158,21 @@ def test_what_is_made_again_in_the_backward_pass_is_the_same(form):
     (want_loss, want), (loss, got) = loss_and_gradients(kept, row), loss_and_gradients(again, row)
     assert torch.equal(loss, want_loss)
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("form", ["2026", "nanofalcon"])
+def test_a_compiled_model_reads_new_weights(form):
+    (model, fp8), row = in_fp8(fresh_with_projections(form)), tokens(2, 65)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        (loss, got), (want_loss, want) = loss_and_gradients(compiled, row), loss_and_gradients(model, row)
+        torch.testing.assert_close(loss, want_loss)
+        assert all(torch.allclose(a, b, rtol=1e-3, atol=1e-6) for a, b in zip(got, want, strict=True))
+        with torch.no_grad():
+            for group in fp8.groups:
+                group.layers[0].weight *= 1.1
+        fp8.refresh()
+        assert not torch.equal(loss_and_gradients(model, row)[0], loss)
 
 
 def test_gradients_of_micro_batches_add_up():
