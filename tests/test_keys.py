@@ -177,6 +177,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         **{key: Flip("fake", "train.ops", TINY) for key in ["backend", *OP_NAMES]},
         "swiglu_mlp": Flip("fake", "train.ops", TINY_LLAMA),
         **{key: Flip("fake", "train.ops", TINY_2026) for key in ["smear", "mix_rmsnorm", "value_embedding"]},
+        **{key: Flip("fake", "loaded_ops") for key in ["linear_decode", "draw_tokens"]},  # the engine alone runs them
     },
     "train FablesConfig": ANY_DATA | {
         "seed": Flip("2", "tokens"),
@@ -636,6 +637,11 @@ class Witness:
             (self.here / f"kernels_{backend}").mkdir()
             (self.here / f"kernels_{backend}" / "__init__.py").touch()
         self.patch.setattr(model.ops, "ROOT", self.here)
+
+    def loaded_ops(self, run: RunConfig) -> dict[str, str]:
+        """Where each op of a training run comes from."""
+        ops = model.ops.load_ops(run.kernels, "cpu")
+        return {op: getattr(ops, op).__module__ for op in OP_NAMES}
 
     # Inference.
 
