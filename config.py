@@ -50,6 +50,7 @@ MAX_INT = 2**63 - 1
 MAX_RUN_NAME = 200  # bytes; file systems take 255, and -2, -3, … may be appended
 MAX_JOB_NAME = 255
 MAX_SAMPLES = 4096
+MAX_GUESSES = 63  # with the last token as many rows as products of few rows take
 # What switches a number off, for who writes infinity and means that.
 OFF = {
     "optim.grad_clip": "0",
@@ -113,6 +114,7 @@ class InferConfig(SamplingConfig):
     input: Optional[str] = None  # of mode=batch, like the next two
     output: Optional[str] = None
     max_rows: int = 16
+    speculate: int = 0
     runs_dir: str = "runs"
     quant: Optional[str] = None  # None: the weights as they are saved
     quant_group: int = 128
@@ -124,6 +126,8 @@ class InferConfig(SamplingConfig):
         quantisation_named(self.quant, self.quant_group)
         if self.mode not in MODES:
             raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
+        if not 0 <= self.speculate <= MAX_GUESSES:
+            raise KestrelError(f"speculate must be between 0 (off) and {MAX_GUESSES}, got {self.speculate}")
         if self.max_rows < 1:
             raise KestrelError(f"max_rows must be at least 1, got {self.max_rows}")
         if self.num_samples > MAX_SAMPLES:

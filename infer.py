@@ -137,7 +137,7 @@ def load_engine(config: InferConfig) -> Engine:
         f"kernels: {describe_ops(config.kernels, device.device, device.dtype)}"
     )
     max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
-    return Engine(model, tokenizer, max_rows=max_rows, graphs=device.cuda_graph)
+    return Engine(model, tokenizer, max_rows=max_rows, graphs=device.cuda_graph, speculate=config.speculate)
 
 
 def check_hardware(hardware: HardwareConfig) -> None:

@@ -32,10 +32,11 @@ from data.tokenizer import Tokenizer
 from errors import KestrelError
 from inference.block_pool import BlockPool
 from inference.paged_cache import PagedCache
-from inference.prefill import PAD_TO, Prefill, Prompt
+from inference.prefill import PAD_TO, Prefill, Prompt, Reader
 from inference.request import Event, Request, Row
 from inference.rows import NOT_FORCED, DecodeStep, Drawn, Rows
 from inference.sampling import Plan, SamplingConfig, recent_tokens
+from inference.speculation import Lookup, n_right
 from model.cost import kv_bytes_per_token
 from model.cuda_graphs import Capture, CudaGraphs
 from model.language_model import LanguageModel
@@ -56,6 +57,7 @@ class Engine:
     prefill_chunk   tokens of prompts that are read between two steps of decoding
     reuse_prefixes  keep the pages of prompts that were read, for prompts with the same beginning
     lag             how many steps later tokens are handed out: 0, or 1; None: 1 on a GPU
+    speculate       how many tokens to guess from what was said before, while one greedy row is alone at work; 0: none
     graphs          whether steps of decoding are recorded in CUDA graphs (rows.DecodeStep); None: on a GPU
     """
 
@@ -71,6 +73,7 @@ class Engine:
         reuse_prefixes: bool = True,
         lag: int | None = None,
         graphs: bool | None = None,
+        speculate: int = 0,
     ) -> None:
         if model.vocab_size != tokenizer.vocab_size:
             raise KestrelError(
@@ -81,10 +84,13 @@ class Engine:
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise KestrelError(f"{name} must be at least 1, got {value}")
+        if speculate < 0:
+            raise KestrelError(f"speculate must be at least 0, got {speculate}")
         self.model, self.tokenizer, self.max_rows, self.prefill_chunk = model, tokenizer, max_rows, prefill_chunk
         self.device = next(model.parameters()).device
         is_gpu = self.device.type == "cuda"
         self.lag = int(is_gpu) if lag is None else lag
+        self.speculate, self.reader = speculate, None  # what reads guesses
         self.capture: Capture | None = CudaGraphs() if (is_gpu if graphs is None else graphs) else None
         cache_tokens = most_tokens(model, max_rows, self.device) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)
@@ -199,6 +205,9 @@ class Engine:
         """Launch a step for the rows at work."""
         if not any(row.n_launched < row.limit for row in self.running):
             return
+        if guessed := self.guess():
+            self.verify(self.running[0], guessed)
+            return
         width = self.width_for(len(self.running))
         if width not in self.steps:
             self.steps[width] = DecodeStep(self.model, self.rows, self.cache_rows, width, self.capture)
@@ -211,6 +220,33 @@ class Engine:
         self.n_cached += len(self.running)
         self.n_decoded, self.n_keys_read = self.n_decoded + 1, self.n_keys_read + self.n_cached
         self.launched(self.running, step(*self.what_for(self.running)))
+
+    def guess(self) -> list[int]:
+        """What may come next, where that helps and is known on the host: a row alone, greedy, and nothing under way."""
+        if not self.speculate or len(self.running) != 1 or self.in_flight:
+            return []
+        row = self.running[0]
+        config = row.request.sampling
+        plain = config.temperature == 0 and not config.penalises and row.request.logprobs is None and row.tools is None
+        return row.lookup.guess(min(self.speculate, row.limit - row.n_launched - 1)) if plain else []
+
+    def verify(self, row: Row, guessed: list[int]) -> None:
+        """Read the guesses, keep those that the model would have said, and what it says after them."""
+        if self.reader is None:
+            rows = self.cache_rows.narrow(0, 1)
+            rows.reach(self.cache.max_blocks)
+            self.reader = Reader(self.model, rows, 1 + self.speculate, self.capture, every=True)
+        said = self.reader([row.lookup.ids[-1], *guessed])[0, : 1 + len(guessed)].argmax(-1).tolist()
+        n = n_right(guessed, said)
+        cache_rows = self.reader.row
+        cache_rows.lengths -= len(guessed) - n
+        for name, after in cache_rows.after_each.items():
+            cache_rows.states[name][0] = after[n]
+        self.rows.token[0], self.rows.step[0] = said[n], row.n_launched + n + 1
+        self.n_cached += n + 1
+        self.n_decoded, self.n_keys_read = self.n_decoded + 1, self.n_keys_read + self.n_cached
+        for token in said[: n + 1]:
+            self.launched([row], Drawn(torch.tensor([token]), None, None, None))
 
     def width_for(self, n: int) -> int:
         """How many rows to compute when n are at work: few different widths, so that few steps need be captured.
@@ -232,7 +268,7 @@ class Engine:
 
     def land(self) -> list[Event]:
         """Hand out what was drawn, but for what may stay under way."""
-        lag = 0 if any(row.tools is not None for row in self.running) else self.lag
+        lag = 0 if self.speculate or any(row.tools is not None for row in self.running) else self.lag
         lag = lag if self.running else 0
         events = []
         while self.in_flight and self.in_flight[0].step <= self.n_steps - lag:
@@ -241,6 +277,8 @@ class Engine:
                 if row.finished:  # it ended after this was launched
                     continue
                 events.append(row.take(token, token in self.stop_ids, logprob, top))
+                if row.lookup is not None:
+                    row.lookup.push(token)
                 if row.finished:
                     self.leave(row)
         return events
@@ -290,6 +328,7 @@ class Engine:
                 break
             row = Row(request, prompt.n_begun, blocks, prompt.limit, self.tokenizer)
             row.slot = len(self.running)
+            row.lookup = Lookup(request.prompt_ids) if self.speculate else None
             self.running.append(row)
             self.n_cached += len(request.prompt_ids)
             self.rows.begin(row.slot, request.sampling, row.sample, row.limit, history)

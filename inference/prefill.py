@@ -131,10 +131,15 @@ class Reader:
     """Reads pieces of up to `length` tokens: the first time operation by operation, then recorded and replayed.
 
     What padding writes lies behind the piece, in the prompt's own pages or where nobody looks.
+
+    capture   None: nothing is recorded
+    every     whether logits after all tokens are wanted
     """
 
-    def __init__(self, model: torch.nn.Module, row: CacheRows, length: int, capture: Capture) -> None:
-        self.model, self.row, self.capture = model, row, capture
+    def __init__(
+        self, model: torch.nn.Module, row: CacheRows, length: int, capture: Capture | None, every: bool = False
+    ) -> None:
+        self.model, self.row, self.capture, self.every = model, row, capture, every
         device = row.lengths.device
         self.tokens = torch.zeros(1, length, dtype=torch.int64, device=device)
         self.n_real = torch.zeros(1, dtype=torch.int32, device=device)
@@ -144,11 +149,11 @@ class Reader:
         self.replay: Callable[[], None] | None = None
 
     def __call__(self, piece: list[int]) -> Tensor:
-        """→ logits [1, V] after the piece."""
+        """→ logits [1, V] after the piece; or [1, length, V] after every token."""
         self.tokens[0, : len(piece)] = torch.tensor(piece)
         self.n_real.fill_(len(piece))
         self.n_met += 1
-        if self.n_met == 1:
+        if self.n_met == 1 or self.capture is None:
             self.run()
             return self.logits
         if self.replay is None:
@@ -159,5 +164,6 @@ class Reader:
 
     def run(self) -> None:
         self.row.after_each = {}
-        self.logits = self.model.decode(self.tokens, self.row, new_tokens=self.n_real)
+        options = dict(every=True) if self.every else {}
+        self.logits = self.model.decode(self.tokens, self.row, new_tokens=self.n_real, **options)
         self.after_each = self.row.after_each

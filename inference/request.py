@@ -6,6 +6,7 @@ from typing import NamedTuple
 from data.tokenizer import Tokenizer
 from errors import KestrelError
 from inference.sampling import SamplingConfig
+from inference.speculation import Lookup
 from inference.text import StopStrings, TextStream
 from inference.tools import Tool, ToolUse
 
@@ -65,6 +66,7 @@ class Row:
         self.stream, self.stops = TextStream(tokenizer), StopStrings(tuple(request.stop))
         self.tools = None if request.tool is None else ToolUse(tokenizer, request.tool)
         self.finished = False
+        self.lookup: Lookup | None = None  # its tokens, if what follows is to be guessed
 
     def take(self, token: int, is_stop: bool, logprob: float | None, top: tuple) -> Event:
         """What an arrived token means: text, and perhaps the end."""

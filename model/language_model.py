@@ -209,28 +209,33 @@ class LanguageModel(nn.Module):
         self.has_codes = any(isinstance(module, Master) and module.codes is not None for module in self.modules())
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor, cache: Cache, *, new_tokens: Tensor | list[int] | None = None) -> Tensor:
+    def decode(
+        self, tokens: Tensor, cache: Cache, *, new_tokens: Tensor | list[int] | None = None, every: bool = False
+    ) -> Tensor:
         """Continue every row of `cache` by `tokens` [B, T]: a prompt, a piece of one, or one token each.
 
         Rows may stand at different lengths. Rows that bring fewer than T tokens are padded on the right with any token
         id, and `new_tokens` [B] says how many of each row are real; a row may bring none, then its logits mean nothing.
-        → logits [B, vocab_size] after each row's last real token
+        → logits [B, vocab_size] after each row's last real token; or [B, T, vocab_size] after `every` token
         """
         cache.reserve(tokens.shape[1])
         if new_tokens is not None:
             new_tokens = torch.as_tensor(new_tokens, device=tokens.device)
         T = tokens.shape[1]
-        by_steps = self.is_stacked and (T == 1 or self.has_codes)
+        by_steps = self.is_stacked and (T == 1 or every or self.has_codes)
         if by_steps:
             x, norm = self.step(tokens, cache, new_tokens)
         else:
             x = self.trunk(tokens, cache=cache, new_tokens=new_tokens)
         cache.advance(T if new_tokens is None else new_tokens)
-        x = x[:, 0] if T == 1 else last_of_each_row(x, new_tokens)  # of a row that brought no token anything will do
+        if not every:
+            x = (
+                x[:, 0] if T == 1 else last_of_each_row(x, new_tokens)
+            )  # of a row that brought no token anything will do
         return self.step_logits(x, norm) if by_steps else self.logits(x)
 
     def step_logits(self, x: Tensor, norm: dict[str, object]) -> Tensor:
-        """Hidden states [B, C] as `step` leaves them → logits [B, vocab_size]."""
+        """Hidden states [..., C] as `step` leaves them → logits [..., vocab_size]."""
         weight, scales = self.head_layer.operands(x.dtype)
         weight, scales = weight[: self.vocab_size], None if scales is None else scales[: self.vocab_size]
         out_dtype = torch.promote_types(x.dtype, torch.float32)

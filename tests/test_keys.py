@@ -275,6 +275,7 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "input": Flip("others.jsonl", "answered", BATCH),
         "output": Flip("elsewhere.jsonl", "answered", BATCH),
         "max_rows": Flip("2", "engine_rows", BATCH),
+        "speculate": Flip("3", "engine_guesses"),
         "quant": Flip("int8", "engine_codes"),
         "quant_group": Flip("64", "engine_codes", ("quant=int4",)),
         "ckpt": Flip("{runs}/a", "told"),
@@ -668,6 +669,9 @@ class Witness:
 
     def engine_rows(self, run: InferConfig) -> int:
         return infer.load_engine(run).max_rows
+
+    def engine_guesses(self, run: InferConfig) -> int:
+        return infer.load_engine(run).speculate
 
     def engine_codes(self, run: InferConfig) -> str:
         model = infer.load_engine(run).model

@@ -140,6 +140,7 @@ def test_the_yaml_says_what_the_defaults_of_the_code_are():
         (["mode=batch"], ["input="]),
         (["mode=batch", "input=a.jsonl"], ["output="]),
         (["mode=batch", "max_rows=0"], ["max_rows", "0"]),
+        (["speculate=-1"], ["speculate", "-1"]),
         (["mode=batch", "prompt=a"], ["prompt=", "batch"]),
         (["input=a.jsonl"], ["input=", "generate"]),
         (["stream=maybe"], ["stream", "maybe"]),
