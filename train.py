@@ -14,6 +14,7 @@ if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_
 import csv
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from errors import KestrelError
 from model import LanguageModel, build, config_to_dict, cost
 from model.cuda_graphs import CudaGraphs
 from model.layers.fp8 import MULTIPLE, load_fp8, train_in_fp8
-from model.ops import Ops, chosen_backends, describe_ops, load_ops
+from model.ops import OPTIMIZER, Ops, chosen_backends, compile_ahead, describe_ops, is_triton, load_ops
 from optim.groups import parameter_groups
 from optim.muon_adamw import MuonAdamW
-from optim.schedules import make_schedule
+from optim.schedules import ScheduleValues, make_schedule
 from training import distributed, loop, run_directory
 from training.cadence import Cadence
 from training.console import lasting_console
@@ -91,6 +92,7 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
         device,
     )  # fmt: skip
     step = new_step(run, model, optimizer, horizon, device, prepare=use_fp8(run, model, horizon, device))
+    compile_step(run, step, schedule, tokenizer, horizon, device)
     profile = new_profile(run, directory, horizon, state, reporter, device)
     try:
         trained = state.step < horizon.num_iterations
@@ -251,6 +253,27 @@ def new_step(
     if not device.cuda_graph:
         return Step(forward, optimizer, **options)
     return CapturedStep(forward, optimizer, capture=CudaGraphs(), capture_update=device.world_size == 1, **options)
+
+
+def compile_step(
+    run: RunConfig,
+    step: Step,
+    schedule: Callable[[int], ScheduleValues],
+    tokenizer: Tokenizer,
+    horizon: Horizon,
+    device: Device,
+) -> None:
+    """Have the kernels of the first step compiled side by side; what torch.compile makes it compiles itself."""
+    if run.hardware.compile:
+        return
+    shape = (horizon.device_batch_size, run.model.sequence_len)
+    tokens = torch.zeros(shape, dtype=torch.int64, device=device.device)
+    backends = chosen_backends(run.kernels)
+    updates = device.world_size == 1 and all(is_triton(backends[op]) for op in OPTIMIZER)
+    what = (run.model, tokenizer.vocab_size, shape, step.accumulation > 1, step.grad_clip > 0, run.hardware, backends)
+    what = (*what, run.optim, device.dtype, device.world_size)
+    work = partial(step.rehearse, Batch(tokens, tokens, None, None, {}), schedule(0), updates=updates)
+    compile_ahead(what, work, run.kernels, device.device, print_main)
 
 
 def new_profile(

@@ -12,6 +12,8 @@ import triton
 from torch import Tensor
 from triton.runtime import JITFunction
 
+from kernels_triton import ahead
+
 
 class Tile(NamedTuple):
     """What one program works on at a time: BT rows of BD columns, by `warps` warps of 32 threads.
@@ -214,6 +216,9 @@ def launch(
 
     Inside torch.compile, in the interpreter and while a profiler listens to launches it is Triton's own launch.
     """
+    if ahead.rehearsing:
+        compile_only(kernel, grid, device_of(args), args | options_of(num_warps, num_stages, launch_pdl))
+        return
     if torch.compiler.is_compiling() or type(kernel) is not JITFunction or triton.knobs.runtime.launch_enter_hook.calls:
         kernel[grid](**args, **options_of(num_warps, num_stages, launch_pdl))
         return
@@ -248,11 +253,20 @@ def launch_with_descriptors(
 ) -> None:
     """kernel[grid](**args) on `device`, whichever is current: by Triton alone, which makes descriptors anew each time."""
     options = options_of(num_warps, num_stages, launch_pdl=False)
+    if ahead.rehearsing:
+        compile_only(kernel, grid, device, args | options)
+        return
     if torch.compiler.is_compiling() or device.type != "cuda":
         kernel[grid](**args, **options)
     else:
         with torch.cuda.device(device):
             kernel[grid](**args, **options)
+
+
+def compile_only(kernel: JITFunction, grid: tuple[int, ...], device: torch.device, args: dict[str, object]) -> None:
+    """What ahead.py makes of a launch."""
+    with torch.cuda.device(device):
+        kernel.run(grid=grid, warmup=True, **args)
 
 
 def options_of(num_warps: int, num_stages: int, launch_pdl: bool) -> dict[str, int | bool]:

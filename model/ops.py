@@ -73,6 +73,7 @@ KernelConfig.__doc__ = "The backend of every op: a word X stands for the package
 
 # What only training runs, and what only the engine does.
 TRAINING = {op for op in Ops.__dataclass_fields__ if op.startswith(("linear_cross", "muon_", "newton_", "adamw_"))}
+OPTIMIZER = {op for op in TRAINING if not op.startswith("linear_cross")}
 ENGINE = {*FORMS, "linear_decode", "draw_tokens"}
 
 
@@ -101,10 +102,35 @@ def load_ops(
     modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
     unused = (set() if trains else TRAINING) | (set() if generates else ENGINE)
-    for op, backend in chosen.items():
-        if is_triton(backend) and op not in unused:
-            prove(op, ops[op], device, dtype, remedy=remedy_for(op, backend, device), gradients=trains)
+    ours = {op: backend for op, backend in chosen.items() if is_triton(backend) and op not in unused}
+
+    def rehearse() -> None:
+        for op in ours:
+            for case, shape in proofs(op, device):
+                run_case(case, shape, ops[op], device, dtype, trains)
+
+    compile_ahead(("proofs", ours, dtype, trains), rehearse, config, device)
+    for op, backend in ours.items():
+        prove(op, ops[op], device, dtype, remedy=remedy_for(op, backend, device), gradients=trains)
     return Ops(**ops)
+
+
+def compile_ahead(
+    what: object,
+    work: Callable[[], None],
+    config: KernelConfig,
+    device: torch.device,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Compile the kernels that `work` launches side by side, and do nothing of it, if any of ours may run in it.
+
+    what   all that decides which kernels these are: done once for each, until kernels or Triton's cache change
+    """
+    if device.type != "cuda" or is_interpreted() or not any(map(is_triton, chosen_backends(config).values())):
+        return
+    gpu = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device), torch.__version__
+    with torch.cuda.device(device):
+        import_module("kernels_triton.ahead").compile_once((what, gpu), work, say)
 
 
 # What has a backward pass: neither decoding nor the optimizer.
@@ -229,9 +255,8 @@ def prove(
     This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
     precision test: those are in tests/kernels.
     """
-    case = import_module("kernels_torch.cases").CASES[op]
     remedy = f"take kernels.{FORMS.get(op, op)}={remedy}"
-    for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]:
+    for case, shape in proofs(op, device):
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
                 both = (function, reference(op))
@@ -242,6 +267,12 @@ def prove(
         for a, b in zip(got, expected, strict=True):
             if a.shape != b.shape or not (a.double() - b.double()).norm() <= 0.05 * b.double().norm() + 1e-3:
                 raise KestrelError(f"the triton kernel of {op} gives wrong results on {device}: {remedy}")
+
+
+def proofs(op: str, device: torch.device) -> list[tuple]:
+    """(case, shape) of what an op is proven with."""
+    case = import_module("kernels_torch.cases").CASES[op]
+    return [(case, shape) for shape in [case.check[0], *(case.prove if device.type == "cuda" else [])]]
 
 
 def run_case(

@@ -80,6 +80,22 @@ class Step:
         """Forget what was added."""
         self.optimizer.zero_grad()
 
+    def rehearse(self, batch: Batch, values: ScheduleValues, *, updates: bool) -> None:
+        """Go through a step, and a validation, for the sake of the kernels they launch: see kernels_triton.ahead.
+
+        updates   the optimizer's part, too, where nothing but kernels of ours could change a parameter
+        """
+        early, self.communicates_early = self.communicates_early, False
+        for first in (True, False)[: self.accumulation]:
+            Step.add(self, batch, first=first)
+        with torch.no_grad():
+            self.model(batch.tokens, batch.targets, doc_ids=batch.doc_ids, reduction="none")
+        if updates:
+            self.optimizer.set_rates(*values)
+            self.optimizer.update(grad_clip=self.grad_clip)
+        self.communicates_early = early
+        Step.drop(self)
+
 
 class CapturedStep(Step):
     """The same, replayed. A batch must have the shapes of the first one.

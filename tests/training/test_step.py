@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -290,3 +291,30 @@ def test_a_number_is_read_without_waiting_for_what_comes_after(device):
     done.record()
     assert read() == [1.0, 1.0]
     assert not done.query()
+
+
+def test_a_rehearsal_leaves_nothing_behind():
+    """Without the optimizer's part, whose kernels are not launched where it is asked for."""
+    rehearsed, fresh_step = (new_step(accumulation=2, grad_clip=0.1) for _ in range(2))
+    rehearsed.rehearse(batch_of(9), make_schedule(OPTIMS["muon_adamw"], 20)(0), updates=False)
+    assert_same(rehearsed, fresh_step)
+    assert all(p.grad is None for p in rehearsed.model.parameters())
+    assert take(rehearsed, range(2)) == take(fresh_step, range(2))
+    assert_same(rehearsed, fresh_step)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("grad_clip", [0.0, 0.1], ids=["", "clipped"])
+def test_a_rehearsed_step_is_compiled_and_has_changed_nothing(grad_clip, device, monkeypatch, tmp_path):
+    triton, ahead = pytest.importorskip("triton"), import_module("kernels_triton.ahead")
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+    said = []
+    rehearsed, fresh_step = (gpu_step("triton", device, accumulation=2, grad_clip=grad_clip) for _ in range(2))
+    values = make_schedule(OPTIMS["muon_adamw"], 20)(0)
+    with ahead.compiling_ahead(said.append) as compilers:
+        rehearsed.rehearse(batch_of(9, device), values, updates=True)
+    assert compilers.failed == 0
+    assert said == [] or said[-1].startswith("compiled ")
+    assert_same(rehearsed, fresh_step)
+    assert take(rehearsed, range(2), device=device) == take(fresh_step, range(2), device=device)
+    assert_same(rehearsed, fresh_step)

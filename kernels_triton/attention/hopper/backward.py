@@ -16,7 +16,7 @@ from kernels_triton.attention.hopper.api import TensorDescriptor, gl
 from kernels_triton.attention.hopper.backward_kernel import _attention_bwd_kernel
 from kernels_triton.attention.hopper.forward import aligned, box
 from kernels_triton.attention.tiles import document_bounds
-from kernels_triton.launch import ceil_div, launch, n_processors
+from kernels_triton.launch import ceil_div, launch, launch_with_descriptors, n_processors
 
 portable = import_module("kernels_triton.attention.backward")
 
@@ -121,15 +121,15 @@ def backward(
         H=H, D=D, BT=BT, BD=BD,
     )
     up = heads_going_up(B, Tq, Tk, H, Hkv, window, q.device) if doc_ids is None else 0
-    with torch.cuda.device(q.device):
-        _attention_bwd_kernel[(ceil_div(Tk, BS) * B * Hkv,)](
-            **tiles_of(BT, BD, q=q, dout=dout), **tiles_of(BS, BD, k=k, v=v, dk=dk, dv=dv), rows=rows_of(rows, 1),
-            dq=rows_of(sums, BT * BD // 256) if staged else sums, turns=turns, **bounds_of(doc_ids),
-            C=max(scale * math.log2(math.e), 1e-30), scale=scale,  # 0 would make NaN of -inf
-            Tq=Tq, Tk=Tk, n_heads=B * Hkv, n_down=B * Hkv - up,
-            window=window, Hkv=Hkv, GROUP=H // Hkv, BT=BT, BS=BS, BD=BD, STAGES=2 if staged and BD == 128 else 3,
-            STAGED=staged, REGISTERS=REGISTERS, num_warps=8,
-        )
+    launch_with_descriptors(
+        _attention_bwd_kernel, (ceil_div(Tk, BS) * B * Hkv,), q.device,
+        **tiles_of(BT, BD, q=q, dout=dout), **tiles_of(BS, BD, k=k, v=v, dk=dk, dv=dv), rows=rows_of(rows, 1),
+        dq=rows_of(sums, BT * BD // 256) if staged else sums, turns=turns, **bounds_of(doc_ids),
+        C=max(scale * math.log2(math.e), 1e-30), scale=scale,  # 0 would make NaN of -inf
+        Tq=Tq, Tk=Tk, n_heads=B * Hkv, n_down=B * Hkv - up,
+        window=window, Hkv=Hkv, GROUP=H // Hkv, BT=BT, BS=BS, BD=BD, STAGES=2 if staged and BD == 128 else 3,
+        STAGED=staged, REGISTERS=REGISTERS, num_warps=8, num_stages=3,
+    )
     launch(_dq_kernel, (n_tiles,), sums=sums, dq=dq, T=Tq, scale=scale, H=H, D=D, BT=BT, BD=BD)
     return dq, dk, dv
 
