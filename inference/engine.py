@@ -127,6 +127,18 @@ class Engine:
         """Whether `step` may still have something to say."""
         return bool(self.queue or self.prompt or self.running or self.in_flight or self.unread)
 
+    def stats(self) -> dict[str, object]:
+        """How it stands: for a log, or a server's page."""
+        return {
+            "rows_at_work": len(self.running),
+            "requests_waiting": len(self.queue) + (self.prompt is not None),
+            "blocks_held": self.pool.n_held,
+            "blocks_available": self.pool.n_available,
+            "steps_decoded": self.n_decoded,
+            "graphs_of_steps": {width: len(step.graphs) for width, step in self.steps.items()},  # the rest is eager
+            "graphs_of_prompts": [n for n, reader in self.prefill.readers.items() if reader.replay is not None],
+        }
+
     def encode(self, text: str) -> list[int]:
         """A text as the beginning of a document."""
         return self.tokenizer.encode(text, prepend=self.tokenizer.bos_id)

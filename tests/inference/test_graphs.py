@@ -55,6 +55,9 @@ def test_recorded_steps_equal_eager_ones(form, lag, monkeypatch):
     n_readers = sum(reader.replay is not None for reader in engine.prefill.readers.values())
     assert capture.captured == sum(len(step.graphs) for step in engine.steps.values()) + n_readers
     assert n_readers >= 2
+    stats = engine.stats()
+    assert sum(stats["graphs_of_steps"].values()) + len(stats["graphs_of_prompts"]) == capture.captured
+    assert stats["blocks_held"] == stats["rows_at_work"] == stats["requests_waiting"] == 0
 
 
 def test_what_comes_once_is_not_recorded_and_graphs_are_few(monkeypatch):
