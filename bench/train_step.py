@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ from data.batches import Batch
 from model import LanguageModel, build, cost
 from model.cuda_graphs import CudaGraphs
 from model.layers.fp8 import load_fp8, train_in_fp8
-from model.ops import KernelConfig, load_ops
+from model.ops import KernelConfig, compile_ahead, load_ops
 from optim.groups import MuonAdamWConfig, parameter_groups
 from optim.muon_adamw import MuonAdamW
 from optim.schedules import ScheduleValues
@@ -96,7 +97,7 @@ class Candidate:
     def __init__(self, kind: Kind, shape: Shape, device: torch.device, dtype: torch.dtype, seed: int | None) -> None:
         self.device = device
         self.base = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
-        ops = load_ops(KernelConfig(backend=kind.kernels), device, dtype)
+        ops = load_ops(KernelConfig(backend=kind.kernels), device, dtype, generates=False)
         self.model = build(shape.config(), shape.vocab_size, ops, dtype)
         self.model.to_empty(device=device)
         give_values(self.model, seed)
@@ -111,6 +112,12 @@ class Candidate:
             self.step = Step(forward, optimizer, **options)
         self.batch = words(shape, self.model.context_len, device)
         self.tokens = self.batch.tokens.numel()
+
+    def compile_ahead(self, kind: Kind, shape: Shape) -> None:
+        """As train.py does."""
+        if not kind.compile:
+            work = partial(self.step.rehearse, self.batch, VALUES, updates=kind.kernels == "triton")
+            compile_ahead((kind, shape), work, KernelConfig(backend=kind.kernels), self.device)
 
     def take_step(self) -> tuple["Moment", "Moment", "Moment"]:
         """When it began, when the gradients were there, and when it ended."""
@@ -308,6 +315,7 @@ def main() -> None:
     chosen = [shape for shape in shapes(args.model or list(ROWS), args.small) if shape.arch in (args.arch or ARCHS)]
     if args.first_step:
         candidate = Candidate(KINDS[args.first_step], chosen[0], device, dtype, seed=42)
+        candidate.compile_ahead(KINDS[args.first_step], chosen[0])
         candidate.take_step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
