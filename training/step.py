@@ -86,15 +86,17 @@ class Step:
         updates   the optimizer's part, too, where nothing but kernels of ours could change a parameter
         """
         early, self.communicates_early = self.communicates_early, False
-        for first in (True, False)[: self.accumulation]:
-            Step.add(self, batch, first=first)
-        with torch.no_grad():
-            self.model(batch.tokens, batch.targets, doc_ids=batch.doc_ids, reduction="none")
-        if updates:
-            self.optimizer.set_rates(*values)
-            self.optimizer.update(grad_clip=self.grad_clip)
-        self.communicates_early = early
-        Step.drop(self)
+        try:
+            for first in (True, False)[: self.accumulation]:
+                Step.add(self, batch, first=first)
+            with torch.no_grad():
+                self.model(batch.tokens, batch.targets, doc_ids=batch.doc_ids, reduction="none")
+            if updates:
+                self.optimizer.set_rates(*values)
+                self.optimizer.update(grad_clip=self.grad_clip)
+        finally:
+            self.communicates_early = early
+            Step.drop(self)
 
 
 class CapturedStep(Step):
