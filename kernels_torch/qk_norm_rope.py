@@ -136,10 +136,13 @@ def write(cache: Tensor, places: tuple[Tensor, Tensor], new: Tensor, lengths: Te
     """cache[places] = new, where those without room write the last place once more, with what belongs there: their
     row's own token or its old value."""
     B, T = new.shape[:2]
+    old, new = cache[places], new.to(cache.dtype)
+    if T == 1:
+        cache[places] = torch.where((lengths < S)[:, None, None, None], new, old)
+        return
     tokens = torch.minimum(torch.arange(T, device=new.device), S - 1 - lengths[:, None])  # [B, T]
     rows = torch.arange(B, device=new.device)[:, None]
-    old = cache[places]
-    cache[places] = torch.where((tokens < 0)[:, :, None, None], old, new[rows, tokens.clamp(min=0)].to(cache.dtype))
+    cache[places] = torch.where((tokens < 0)[:, :, None, None], old, new[rows, tokens.clamp(min=0)])
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
