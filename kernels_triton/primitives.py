@@ -43,7 +43,7 @@ def silu_grad(dy, z):
 def tanh(u, FAST: tl.constexpr):
     """FAST: the hardware's, off by 2⁻¹¹ of the result: a quarter of what rounding u to bf16 may cost.
 
-    Else u less a continued fraction up to ½, where (1 − exp(−2u)) / (1 + exp(−2u)) would lose digits: right to the last bit of fp64.
+    Else u less a continued fraction up to ½, where the quotient of 1 ∓ exp(−2u) would lose digits: right to fp64's last bit.
     """
     if FAST:
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [u], dtype=tl.float32, is_pure=True, pack=1)

@@ -26,7 +26,7 @@ REGISTERS = 24  # a thread of the warps that only load and wait; the others have
 # TFLOP/s on an H200, bf16, and in brackets cuDNN's in the same turns, by the copy engine / from registers:
 #   D 128   B32 T2048 H6    437 / 430 (429)    window 768     350 / 339
 #           B4 T8192 H16    526 / 510 (517)    window 2048    452 / 432
-#           B1 T32768 H16   556 / 517 (554)    Hkv 4          439 / 458 (484)
+#           B1 T32768 H16   556 / 517 (554)    Hkv 4          492 / 493 (501), another run
 #   D 64    B32 T2048 H12   320 / 333 (332)
 # Without adding to dq at all it would be 534 at T 2048 and 669 at T 8192.
 
@@ -40,12 +40,17 @@ def heads_going_up(B: int, Tq: int, Tk: int, H: int, Hkv: int, window: int | Non
     """How many heads, of the Hkv of all rows, have their first keys go first.
 
     Programs that start together on neighbouring tiles of such a head wait for each other, three tiles a neighbour, unless
-    others come between them: so many heads go together that those of one tile of keys fill the GPU for as long.
+    others come between them: so many heads go together that those of one tile of keys fill the GPU for as long. With grouped
+    heads twice as many, where there are: B4 T8192 H16 Hkv4 D128, 0 / 1 / 2 / 4 / 6 up, 449 / 460 / 485 / 493 / 485 TFLOP/s
+    (cuDNN 501).
     """
     pairs = Tq * (min(Tk, window + 1) if window is not None else Tk - Tq // 2)
     tiles = H // Hkv * (pairs / (BT * BS * ceil_div(Tk, BS)) + 1)  # of queries, a program
-    heads = math.ceil(3.5 * n_processors(device) / tiles)
-    return heads if 2 * heads <= B * Hkv else 0
+    for processors in (3.5,) if Hkv == H else (7, 3.5):
+        heads = math.ceil(processors * n_processors(device) / tiles)
+        if 2 * heads <= B * Hkv:
+            return heads
+    return 0
 
 
 @triton.jit(do_not_specialize=["T", "Tp"])
