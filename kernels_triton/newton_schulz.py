@@ -129,11 +129,22 @@ def _rows(x, i_k, r, d, o_r, o_d, R, D, TMA: tl.constexpr, EVEN: tl.constexpr):
 
 
 @triton.jit
-def _store_twice(b_out, z, out, mirror, beta, i_k, r, c, n, TMA: tl.constexpr, EVEN: tl.constexpr):
+def _times(b_x, number, STEP: tl.constexpr, I: tl.constexpr):
+    """b_x times a number, or times the one of a step: a variable would hold it in fp32."""
+    if STEP is None:
+        return b_x * number
+    else:
+        return b_x * STEPS[STEP][I]
+
+
+@triton.jit
+def _store_twice(
+    b_out, z, out, mirror, beta, i_k, r, c, n, TMA: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
+):
     """b_out + β z at row r and column c of out [K, n, n], and its transpose at column r and row c."""
     o_r, o_c = tl.arange(0, b_out.shape[0]), tl.arange(0, b_out.shape[1])
     if z is not None:
-        b_out += beta * _rows(z, i_k, r, c, o_r, o_c, n, n, TMA, EVEN).to(b_out.dtype)
+        b_out += _times(_rows(z, i_k, r, c, o_r, o_c, n, n, TMA, EVEN).to(b_out.dtype), beta, STEP, 1)
     b_out = b_out.to(out.dtype if TMA else out.dtype.element_ty)
     if TMA:
         out.store([i_k, r, c], tl.reshape(b_out, (1, b_out.shape[0], b_out.shape[1])))
@@ -159,8 +170,6 @@ def _symmetric_kernel(
     mirror is out, seen through other blocks. STEP: whose γ, β and α are meant, in more digits than Triton hands over.
     """
     dtype: tl.constexpr = out.dtype if TMA else out.dtype.element_ty
-    if STEP is not None:
-        gamma, beta, alpha = STEPS[STEP][0], STEPS[STEP][1], STEPS[STEP][2]
     o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
     for i_tile in tl.range(tl.program_id(0), n_all, tl.num_programs(0), flatten=STAY):
         i_k = i_tile // n_tiles
@@ -176,19 +185,22 @@ def _symmetric_kernel(
                 b_x = _rows(x, i_k, r, i_d * BD, o_n, o_d, n, d, TMA, EVEN)                             # [BN, BD]
                 b_y = _rows(y, i_k, c, i_d * BD, o_n, o_d, n, d, TMA, EVEN)
                 b_out = tl.dot(b_x, tl.trans(b_y), b_out, input_precision="ieee", out_dtype=b_out.dtype)
-        b_out *= alpha
+        b_out = _times(b_out, alpha, STEP, 2)
         if lines is not None:
             scale = _scale_of(lines, i_k, P, BP)
             b_out *= scale * scale
         if z is not None:
             on_diagonal = (r + o_n)[:, None] == (c + o_n)[None, :]
-            b_out = tl.where(on_diagonal, b_out + gamma, b_out)
+            if STEP is None:
+                b_out = tl.where(on_diagonal, b_out + gamma, b_out)
+            else:
+                b_out = tl.where(on_diagonal, b_out + STEPS[STEP][0], b_out)
         if TMA:  # in two pieces: room for one more stage, or one more program
             b_left, b_right = _halves(b_out)                                                            # [BN, BN / 2]
-            _store_twice(b_left, z, out, mirror, beta, i_k, r, c, n, TMA, EVEN)
-            _store_twice(b_right, z, out, mirror, beta, i_k, r, c + BN // 2, n, TMA, EVEN)
+            _store_twice(b_left, z, out, mirror, beta, i_k, r, c, n, TMA, EVEN, STEP)
+            _store_twice(b_right, z, out, mirror, beta, i_k, r, c + BN // 2, n, TMA, EVEN, STEP)
         else:
-            _store_twice(b_out, z, out, mirror, beta, i_k, r, c, n, TMA, EVEN)
+            _store_twice(b_out, z, out, mirror, beta, i_k, r, c, n, TMA, EVEN, STEP)
 
 
 @triton.jit
