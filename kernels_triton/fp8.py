@@ -263,7 +263,10 @@ def _measure_tile(D: int) -> tuple[int, int]:
 def quantize(
     parts: Sequence[Tensor], dtype: torch.dtype, row_norm: float | None = None, turned: bool = True
 ) -> Fp8:
-    """Matrices [N, D] side by side, in a unit that they share; row_norm as in kernels_torch.fp8, for one alone."""
+    """Matrices [N, D] side by side, in a unit that they share, with the largest row norm of one of them.
+
+    row_norm   as in kernels_torch.fp8, for one alone
+    """
     parts = [values_side_by_side(part) for part in parts]
     N, widths, device = parts[0].shape[0], [part.shape[1] for part in parts], parts[0].device
     q = _empty_fp8(N, sum(widths), dtype, device, turned)

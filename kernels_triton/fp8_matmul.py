@@ -8,7 +8,7 @@ The unit of the result comes from bounds (kernels_torch/fp8.py), known before th
 as in matmul.py; sums lose digits beyond 14 bits on their way, as in cuBLAS's fast ones, which is nothing beside the
 rounding of what is summed. The first program writes the unit and the bound; each tile has one writer.
 
-The products to come want the transposes, too: written here, byte by byte through shared memory, they cost 18 to 62 µs, and
+The products to come want the transposes, too: written here, byte by byte through shared memory, they cost 16 to 60 µs, and
 a pass of their own 95 and 114. Reading aᵀ instead of a costs 5 to 8, and a need not be kept.
 """
 
@@ -104,12 +104,12 @@ def _matmul_relu2_grad_fp8_kernel(
     note(facts, unit, bound)
 
 
-# H200, N=65536 D=768 F=3072 / N=32768 D=1280 F=5120: 313 / 354 µs, without the transpose 261 / 336; cuBLAS's product alone,
+# H200, N=65536 D=768 F=3072 / N=32768 D=1280 F=5120: 304 / 352 µs, without the transpose 261 / 336; cuBLAS's product alone,
 # to bf16, 263 / 320. Three stages 364 / 394, 128 × 128 with two programs a processor 317 / 370. Without the transpose BD 64
 # with six stages 1.04 times as long.
 FORWARD = Tile(BN=128, BF=256, BD=128, warps=8, stages=4, group=8, stay=1)
 
-# 395 / 420 µs, without the transpose 334 / 386; cuBLAS's product alone 276 / 336. 8 warps and two stages 486 / 554. Without
+# 393 / 422 µs, without the transpose 334 / 386; cuBLAS's product alone 276 / 336. 8 warps and two stages 486 / 554. Without
 # the transpose: `flatten`, 128 × 256, 8 warps, three stages 324 / 368, which has no room for the transpose.
 BACKWARD = Tile(BN=128, BF=128, BD=128, warps=4, stages=3, group=1, stay=2)
 
