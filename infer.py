@@ -135,6 +135,7 @@ def load_engine(config: InferConfig) -> Engine:
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
         f"{weights_of(model)}{device.device}, {str(device.dtype).removeprefix('torch.')}, "
         f"kernels: {describe_ops(config.kernels, device.device, device.dtype)}"
+        + (", steps in CUDA graphs" if device.cuda_graph else "")
     )
     max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
     return Engine(model, tokenizer, max_rows=max_rows, graphs=device.cuda_graph, speculate=config.speculate)

@@ -23,6 +23,7 @@ from kernels_triton.launch import can_overlap, ceil_div, check_gpu, launch, n_pr
 from kernels_triton.qk_norm_rope import qk_norm_rope_append_paged, table_of
 from kernels_triton.rows import values_side_by_side
 
+# As attention_decode's for one query to a key head; right on an H200, not timed there yet.
 MOST_SPLITS = 128  # the new key's among them
 JOINED = 4096      # values of the partial results that a program of the second kernel holds
 

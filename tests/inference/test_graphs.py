@@ -35,13 +35,18 @@ def requests_of(seed: int, n: int = 10, **fixed) -> list[Request]:
 
 
 def compare(form: str, capture, **options) -> Engine:
-    """Ten requests that come and go as they like, eagerly and recorded."""
+    """Ten requests that come and go as they like, eagerly and recorded.
+
+    The same tokens, texts and ends; on a CPU the same bits, too. On a GPU a prompt that is padded to a recorded length
+    is read by other products than one that is not, so there log-probabilities may differ by rounding.
+    """
     first, second = requests_of(0), requests_of(0)
     want = run(engine_of(form, **options), first, random.Random(1))
     engine = engine_of(form, capture, **options)
     got = run(engine, second, random.Random(1))
+    exact = form if engine.device.type == "cpu" else "2026"  # whose gates round differently anyhow
     for a, b in zip(first, second):
-        assert_same(got[b], want[a], form)
+        assert_same(got[b], want[a], exact)
     return engine
 
 
@@ -120,6 +125,18 @@ def test_forced_tokens_reach_recorded_steps():
         told.append(told_with_forced(engine))
     assert told[0] == told[1]
     assert told[0][4:7] == [7, 8, 9]
+
+
+def test_padding_to_a_recorded_length_changes_no_token(monkeypatch):
+    """As on a GPU: read in its own length without graphs, and padded with them."""
+    for form in ("plain", "llama"):
+        told = []
+        for pad_to, capture in ((1, None), (4, RecordedGraphs())):
+            monkeypatch.setattr(prefill_module, "PAD_TO", pad_to)
+            requests = requests_of(3)
+            events = run(engine_of(form, capture), requests, random.Random(1))
+            told.append([[event[1:6] for event in events[request]] for request in requests])
+        assert told[0] == told[1]
 
 
 @pytest.mark.gpu
