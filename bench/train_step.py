@@ -270,16 +270,19 @@ def write_csv(rows: list[dict], card: dict[str, str], path: Path) -> None:
 def draw(rows: list[dict[str, str]], path: Path) -> None:
     """One group of bars for each model: speed, memory and wait of every candidate."""
     panels = {"tokens_per_s": "tokens per second", "peak_gib": "peak memory, GiB", "wait_s": "wait for step 1, s"}
+    panels = {key: label for key, label in panels.items() if any(row.get(key) for row in rows)}
     groups = list(dict.fromkeys((row["model"], row["arch"]) for row in rows))
     names = [name for name in KINDS if any(row["candidate"] == name for row in rows)]
-    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 9), sharex=True)
+    figure, axes = plt.subplots(len(panels), 1, figsize=(10, 3 * len(panels)), sharex=True, squeeze=False)
+    axes = axes[:, 0]
     width = 0.8 / len(names)
     for axis, (key, label) in zip(axes, panels.items(), strict=True):
         for i, name in enumerate(names):
             mine = {(row["model"], row["arch"]): row[key] for row in rows if row["candidate"] == name}
             bars = [(j, float(mine[group])) for j, group in enumerate(groups) if mine.get(group) not in (None, "")]
             places = [j + (i - (len(names) - 1) / 2) * width for j, _ in bars]
-            axis.bar(places, [value for _, value in bars], width, label=name, color=COLOUR_OF[name])
+            drawn = axis.bar(places, [value for _, value in bars], width, label=name, color=COLOUR_OF[name])
+            axis.bar_label(drawn, [short(value) for _, value in bars], fontsize=7)
         axis.set_ylabel(label)
         axis.grid(axis="y", lw=0.3)
     axes[0].legend(ncol=len(names), frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.2))
@@ -293,6 +296,14 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def short(value: float) -> str:
+    """2476470 → 2.48 M"""
+    for size, unit in ((1e6, " M"), (1e3, " k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
 
 
 def main() -> None:
