@@ -73,7 +73,7 @@ def test_of_every_length_window_and_document(shape, D):
 def test_in_every_order_of_programs(monkeypatch, up, staged):
     """Heads go down from their last keys or up from their first; the copy engine adds to dq or the warps do."""
     monkeypatch.setattr(HOPPER, "heads_going_up", lambda *shape: up)
-    monkeypatch.setattr(HOPPER, "by_copy_engine", lambda BD, group: staged)
+    monkeypatch.setattr(HOPPER, "by_copy_engine", lambda BD: staged)
     for (Tq, Tk), window, D in product(((1500, 1500), (700, 1130)), (None, 300), (64, 128)):
         q, k, v, dout, _ = inputs_of(3, Tq, Tk, 4, 2, D)
         check(q, k, v, dout, window, None)

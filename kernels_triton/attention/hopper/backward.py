@@ -26,14 +26,17 @@ REGISTERS = 24  # a thread of the warps that only load and wait; the others have
 # TFLOP/s on an H200, bf16, and in brackets cuDNN's in the same turns, by the copy engine / from registers:
 #   D 128   B32 T2048 H6    437 / 430 (429)    window 768     350 / 339
 #           B4 T8192 H16    526 / 510 (517)    window 2048    452 / 432
-#           B1 T32768 H16   556 / 517 (554)    Hkv 4          492 / 493 (501), another run
+#           B1 T32768 H16   556 / 517 (554)    Hkv 4          481 / 473 (482) and 492 / 493 (501), two runs
 #   D 64    B32 T2048 H12   320 / 333 (332)
+# Heads going up, by the copy engine: B32 T2048 H6 14 / 28 / 40 / 60: 439 / 443 / 433 / 408; B4 T8192 H16 2 / 4 / 8 / 12:
+# 505 / 512 / 521 / 511, window 2048 0 / 4 / 8 / 14 / 21 / 32: 469 / 432 / 450 / 472 / 471 / 441; B1 T32768 H16 0 / 1 / 2 / 3:
+# 538 / 547 / 546 / 545.
 # Without adding to dq at all it would be 534 at T 2048 and 669 at T 8192.
 
 
-def by_copy_engine(BD: int, group: int) -> bool:
+def by_copy_engine(BD: int) -> bool:
     """Who adds to dq (STAGED in the kernel)."""
-    return BD == 128 and group == 1
+    return BD == 128
 
 
 def heads_going_up(B: int, Tq: int, Tk: int, H: int, Hkv: int, window: int | None, device: torch.device) -> int:
@@ -115,7 +118,7 @@ def backward(
     (B, Tq, H, D), (Tk, Hkv), BD = q.shape, k.shape[1:3], 64 if q.shape[3] <= 64 else 128
     q, k, v, dout = aligned(q), aligned(k), aligned(v), aligned(dout)
     dq, dk, dv = empty_results(q, k)
-    staged, n_tiles = by_copy_engine(BD, H // Hkv), B * H * ceil_div(Tq, BT)
+    staged, n_tiles = by_copy_engine(BD), B * H * ceil_div(Tq, BT)
     rows = torch.empty((n_tiles, 2 * BT), dtype=torch.float32, device=q.device)
     turns = torch.empty(n_tiles, dtype=torch.int32, device=q.device)
     sums = torch.empty((n_tiles * BT * BD // 256, 256), dtype=torch.float32, device=q.device)
