@@ -42,6 +42,11 @@ from kernels_triton.launch import (  # isort: skip
     Tile, ceil_div, check_gpu, is_hopper, launch, launch_with_descriptors, next_power_of_two,
 )
 
+try:
+    from kernels_triton import hopper_matmul
+except (ImportError, AttributeError):  # a Triton whose Gluon has other names
+    hopper_matmul = None
+
 LARGEST_FUSED_SOFTCAP = 40.0  # V · exp(ẑ) must stay a number in fp32 and bf16, which end at exp(88)
 
 # Logits of one chunk. Each chunk reads and writes the fp32 dW once, and too few rows do not fill the GPU. Milliseconds over all
@@ -70,7 +75,8 @@ class Product(NamedTuple):
 # 4096 × 768 × 32768 and 2048 × 1536 × 65536 with the rows finished: 375 and 657 µs (GROUP 8: 403, 668; 16: 389, 660; 64: 376,
 # 660). With GROUP 16: 8 warps 385, 659; 2 stages 384, 654; BD 32 in 4 stages 392, 712; 128 × 256 in 8 warps 418, 706; 256 ×
 # 128 in 8 warps 437, 740; 128 × 64 486, 949. Two programs a processor, one of which multiplies while the other takes exp.
-# cuBLAS and `_softmax_kernel` take 514 and 804, cuBLAS alone 294 and 562. Without gradients 333 and 625.
+# cuBLAS and `_softmax_kernel` take 514 and 804, cuBLAS alone 294 and 562. Without gradients 333 and 625. From 321 terms of the
+# sum on hopper_matmul.py does it, in three quarters of the time.
 CAPPED_LOGITS = Product(BT=128, BV=128, BD=64, GROUP=32, warps=4, stages=3)
 
 
@@ -274,21 +280,33 @@ def _losses_by_epilogue(
     **row: object,
 ) -> None:
     """The same, the logits being soft-capped and put into exp before they are stored. Without gradients nothing is."""
-    (N, D), Vp, tile = x.shape, weight.shape[0], CAPPED_LOGITS
-    tiles = ceil_div(Vp, tile.BV)
-    sums = x.new_empty(N, tiles, dtype=nll.dtype)
+    (N, D), Vp = x.shape, weight.shape[0]
     vocabulary = dict(V=V, Vp=Vp, D=D, C=C, FAST=x.dtype == torch.bfloat16)
-    launch_with_descriptors(
-        _capped_logits_kernel, (ceil_div(N, tile.BT) * tiles,), x.device,
-        x=TensorDescriptor.from_tensor(x, [tile.BT, tile.BD]), w=TensorDescriptor.from_tensor(weight, [tile.BV, tile.BD]),
-        e=scale if scale is None else TensorDescriptor.from_tensor(z, [tile.BT, tile.BV]), sums=sums, N=N, **vocabulary,
-        BT=tile.BT, BV=tile.BV, BD=tile.BD, GROUP=tile.GROUP, num_warps=tile.warps, num_stages=tile.stages,
-    )
+    e = None if scale is None else z
+    if hopper_matmul is not None and hopper_matmul.takes(D, hopper_matmul.CAPPED_LOGITS):
+        sums = hopper_matmul.capped_logits(x, weight, e, V, C)
+    else:
+        sums = _capped_logits(x, weight, e, **vocabulary)
+    tiles = sums.shape[1]
     launch(
-        _capped_finish_kernel, (N,), e=scale if scale is None else z, sums=sums, x=x, weight=weight, nll=nll,
+        _capped_finish_kernel, (N,), e=e, sums=sums, x=x, weight=weight, nll=nll,
         scale=scale, xs=xs, stride_x=x.stride(0), stride_weight=weight.stride(0), **row, **vocabulary,
         TILES=tiles, BS=next_power_of_two(tiles), BD=row_block(D), num_warps=4,
     )
+
+
+def _capped_logits(x: Tensor, weight: Tensor, e: Tensor | None, **vocabulary: object) -> Tensor:
+    """Fill e, if there is one, but for the targets → the sums of each tile's columns [N, tiles]."""
+    tile = CAPPED_LOGITS
+    n_t, n_v = ceil_div(x.shape[0], tile.BT), ceil_div(weight.shape[0], tile.BV)
+    sums = x.new_empty(x.shape[0], n_v, dtype=torch.float32)
+    launch_with_descriptors(
+        _capped_logits_kernel, (n_t * n_v,), x.device,
+        x=TensorDescriptor.from_tensor(x, [tile.BT, tile.BD]), w=TensorDescriptor.from_tensor(weight, [tile.BV, tile.BD]),
+        e=e if e is None else TensorDescriptor.from_tensor(e, [tile.BT, tile.BV]), sums=sums, N=x.shape[0], **vocabulary,
+        BT=tile.BT, BV=tile.BV, BD=tile.BD, GROUP=tile.GROUP, num_warps=tile.warps, num_stages=tile.stages,
+    )
+    return sums
 
 
 def as_matrix(x: Tensor) -> Tensor:
