@@ -13,7 +13,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from pathlib import Path
 
 import torch
@@ -97,6 +97,9 @@ def compiling_ahead(say: Callable[[str], None], at_once: int | None = None) -> I
     at_once   processes; None: one for each core
     """
     global rehearsing
+    with suppress(ImportError):  # half a second, which every child would take again: a hash over all of Triton
+        from triton.runtime.cache import triton_key
+        triton_key()
     runtime = triton.knobs.runtime
     compilers, before = Compilers(at_once or os.cpu_count() or 1, say), runtime.jit_cache_hook
     runtime.jit_cache_hook, rehearsing = compilers.hook, True
