@@ -11,8 +11,9 @@ that of a new prompt of 1,024 tokens. Candidates:
     triton + graph   the engine, our kernels in CUDA graphs
     recipe           what gpt-fast does: one compiled step (torch.compile, CUDA graphs) over a cache of fixed size
 
-What is timed is checked first: with the same words said before, each candidate's likeliest next token is compared with
-plain PyTorch's, at 64 places.
+What is timed is checked first: with the same words said before, each backend's likeliest next token is compared with
+plain PyTorch's, at 64 places (`agreement`, of steps that are not recorded); and what the engine says from recorded
+steps with what it says without them (`as_eager`).
 """
 
 import argparse
@@ -150,6 +151,18 @@ def likeliest(model: LanguageModel, shape: Shape) -> Tensor:
     model.decode(words[:, :-checked], rows)
     told = [model.decode(word, rows).argmax(-1) for word in words[:, -checked:].split(1, dim=1)]
     return torch.cat(told)
+
+
+def said_as_eager(model: LanguageModel, shape: Shape, kind: Kind) -> float:
+    """Of what one row says greedily from recorded steps, the share that is what it says from eager ones."""
+    one, said = shape._replace(batch=1), []
+    sampling = SamplingConfig(max_new_tokens=min(CHECKED, shape.new_tokens), temperature=0)
+    for graphs in (False, True):
+        engine = new_engine(model, one, kind._replace(graphs=graphs))
+        for _ in range(2):  # the second time all is recorded
+            told = [token for (token,) in engine.generate(prompts(one, seed=1)[0], sampling)]
+        said.append(told)
+    return sum(a == b for a, b in zip(*said)) / len(said[0])
 
 
 def new_engine(model: LanguageModel, shape: Shape, kind: Kind) -> Engine:
@@ -344,6 +357,7 @@ def bench_shape(
                 "bytes": n_bytes,
                 "share_of_copy": round(n_bytes / times["step_s"] / 1e9 / gbps, 3),
                 "agreement": round((told == expected).double().mean().item(), 3),
+                "as_eager": round(said_as_eager(model, shape, kind), 3) if kind.graphs else "",
                 "copy_gbps": round(gbps),
                 "dtype": str(dtype).removeprefix("torch."),
             }
@@ -382,8 +396,8 @@ def bench_context(
 
 
 def print_table(rows: list[dict]) -> None:
-    heads = ("tokens/s", "step µs", "replay µs", "first ms", "of copy", "agree")
-    keys = ("tokens_per_s", "step_us", "replay_us", "first_token_ms", "share_of_copy", "agreement")
+    heads = ("tokens/s", "step µs", "replay µs", "first ms", "of copy", "agree", "as eager")
+    keys = ("tokens_per_s", "step_us", "replay_us", "first_token_ms", "share_of_copy", "agreement", "as_eager")
     print(f"\n{rows[0]['model']} {rows[0]['arch']}, V {rows[0]['vocab_size']}, {rows[0]['batch']} rows")
     print(f"  {'':16}" + "".join(f"{head:>11}" for head in heads))
     for row in rows:

@@ -14,7 +14,7 @@ from inference import sampling
 from inference.paged_cache import CacheRows
 from inference.request import MAX_LOGPROBS
 from inference.sampling import SETTINGS, Plan, SamplingConfig, log_probabilities, sample
-from model.cuda_graphs import Capture
+from model.cuda_graphs import Capture, Unchanged, require_alike
 from model.ops import Ops
 
 NOT_FORCED = -1
@@ -89,7 +89,8 @@ class DecodeStep:
     Everything it reads and writes lies in `rows` and `cache_rows`, whose memory never moves, and what differs between
     steps is (plan, n_top) only. So it can be recorded in a CUDA graph for each of those and replayed: the host then
     starts one graph instead of some hundred kernels. The first time is not recorded, as kernels may have to compile;
-    what is asked for once only never is, nor what comes after `MOST_GRAPHS` others.
+    what is asked for once only never is, nor what comes after `MOST_GRAPHS` others. Each graph is proven once: from the
+    same state it must come to the logits that the step comes to kernel by kernel.
 
     capture   function → what replays it, as model.cuda_graphs.CudaGraphs; None: nothing is recorded
     """
@@ -118,12 +119,21 @@ class DecodeStep:
 
     def record(self, plan: Plan, n_top: int | None) -> tuple[Callable[[], None], Drawn]:
         """What replays the step, and where it leaves what it drew."""
-        drawn = []
+        rows, cache_rows, drawn = self.rows, self.cache_rows, []
+        of_rows = [x[self.slice] for x in (rows.token, rows.step, rows.active, rows.history)]
+        state = Unchanged(*of_rows, cache_rows.lengths, *cache_rows.states.values())
+        at_work = rows.active[self.slice].bool()
+        self.run(plan, n_top)
+        eager = self.logits[at_work]
+        state.restore()
         replay = self.capture(lambda: drawn.append(self.run(plan, n_top)))
+        replay()
+        require_alike(self.logits[at_work], eager)
+        state.restore()
         return replay, drawn[0]
 
     def run(self, plan: Plan, n_top: int | None) -> Drawn:
         """Operation by operation."""
         tokens, active = self.rows.token[self.slice, None], self.rows.active[self.slice]
-        logits = self.model.decode(tokens, self.cache_rows, new_tokens=active)
-        return self.rows.draw(logits, self.slice, plan, n_top)
+        self.logits = self.model.decode(tokens, self.cache_rows, new_tokens=active)
+        return self.rows.draw(self.logits, self.slice, plan, n_top)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from errors import KestrelError
 
@@ -33,3 +34,25 @@ class CudaGraphs:
                 f"this step cannot be captured as a CUDA graph ({reason}): take hardware.cuda_graph=false"
             ) from error
         return graph.replay
+
+
+class Unchanged:
+    """Puts tensors back to what they were."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.before = [(tensor, tensor.clone()) for tensor in tensors]
+
+    def restore(self) -> None:
+        for tensor, value in self.before:
+            tensor.copy_(value)
+
+
+def require_alike(replayed: Tensor, eager: Tensor) -> None:
+    """Refuse a graph that computes something else than what was recorded, but for rounding; waits for the device."""
+    same_nan = bool((replayed.isnan() == eager.isnan()).all())
+    off, size = (replayed - eager).nan_to_num().norm(), eager.nan_to_num().norm()
+    if not same_nan or not bool(off <= 0.05 * size + 1e-3):
+        raise KestrelError(
+            "a step recorded as a CUDA graph computes something else than the same step kernel by kernel: "
+            "take hardware.cuda_graph=false"
+        )

@@ -6,6 +6,7 @@ from collections import deque
 import pytest
 import torch
 
+from errors import KestrelError
 from inference import prefill as prefill_module
 from inference import rows as rows_module
 from inference.engine import Engine
@@ -125,6 +126,32 @@ def test_forced_tokens_reach_recorded_steps():
         told.append(told_with_forced(engine))
     assert told[0] == told[1]
     assert told[0][4:7] == [7, 8, 9]
+
+
+@pytest.mark.parametrize("what", ["steps", "prompts"])
+@pytest.mark.parametrize("value", [0.0, torch.nan])
+def test_a_graph_that_computes_something_else_is_refused(what, value):
+    recorded = RecordedGraphs()
+    engine = engine_of("2026", max_rows=1)
+    engine.stop_ids = set()
+
+    def broken(function):
+        replay = recorded(function)
+
+        def replay_wrongly() -> None:
+            replay()
+            for one in [*engine.steps.values(), *engine.prefill.readers.values()]:
+                one.logits.fill_(value)
+
+        return replay_wrongly
+
+    if what == "steps":
+        engine.capture = broken
+    else:
+        engine.prefill.capture = broken
+    with pytest.raises(KestrelError, match=r"something else than the same step kernel by kernel.*cuda_graph=false"):
+        for _ in range(2):
+            run(engine, [Request([1, 2, 3], SamplingConfig(max_new_tokens=5, temperature=0))])
 
 
 def test_padding_to_a_recorded_length_changes_no_token(monkeypatch):
