@@ -172,7 +172,7 @@ def load_model(
     held = quantisation_of(saved.config)
     if held and quant:
         raise KestrelError(
-            f"{saved.path} is quantised already ({held}): leave quant= out, or give the checkpoint it was made from"
+            f"{saved.path} is quantised already ({held}): leave quant= out, or give with ckpt= what it was made from"
         )
     spec = spec_of_quantised(model, held) if held else checkpoint.spec_of(dict(model.named_parameters()))
     tensors = checkpoint.load_tensors(saved.path, "model", spec, device.device)

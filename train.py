@@ -47,6 +47,7 @@ from training.report import Reporter, tensorboard_writer
 from training.run_directory import RunDirectory
 from training.step import CapturedStep, Step
 
+MANY_PASSES = 20  # over the training text, from which on a run says so
 REFERENCE_DEPTH = 12  # the scaling laws are anchored at the 12-layer model of the same vocabulary
 
 
@@ -85,6 +86,7 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
     optimizer = new_optimizer(run, model, horizon, ops, device)
     state = restore(directory.start, model, optimizer, device)
     schedule = make_schedule(run.optim, horizon.num_iterations)
+    say_passes(horizon, train_shards)
     batches = training_batches(run, train_shards, tokenizer, horizon, state, device)
     reporter = new_reporter(run, directory, tokenizer, model, horizon, state, device)
     cadence = Cadence(
@@ -156,6 +158,16 @@ def plan_horizon(run: RunConfig, model: LanguageModel, device: Device) -> Horizo
         ),
         weight_decay=run.optim.weight_decay,
     )
+
+
+def say_passes(horizon: Horizon, shards: TokenShards) -> None:
+    """Warn of a text that will be known by heart."""
+    passes = horizon.num_iterations * horizon.total_batch_size / max(1, shards.n_tokens)
+    if passes > MANY_PASSES:
+        print_main(
+            f"{shards.n_tokens:,} tokens will be read {passes:,.0f} times: a model soon has so short a text by heart; "
+            f"stage.num_iterations={max(1, round(horizon.num_iterations / passes))} reads it once"
+        )
 
 
 def reference_model(model: LanguageModel) -> LanguageModel:

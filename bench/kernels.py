@@ -335,13 +335,14 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="the shapes of the tests instead of those of models")
     parser.add_argument("--tune", action="store_true", help="our kernel with other tiles, too")
     parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
+    parser.add_argument("--out", type=Path, help="folder of the CSV; default: bench/results, on a CPU local/ in it")
     parser.add_argument("--commit", help="what is timed, where git cannot say")
     args = parser.parse_args()
     if args.tune and set(args.op or []) - set(TILES) | (set() if args.op else {"every op"}):
         parser.error(f"--tune knows the tiles of --op {' '.join(TILES)} only")
     if args.device == "cpu":
-        print("no GPU: our kernels are not timed, as Triton's interpreter would say nothing of them")
+        print("no GPU, where --small is quicker: ours are not timed, as Triton's interpreter would say nothing of them")
+    args.out = args.out or (RESULTS if args.device.startswith("cuda") and not args.small else RESULTS / "local")
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     functorch_config.donated_buffer = False  # backward is repeated on one forward
     roof, card = copy_gbps(device), machine_card(device)

@@ -24,6 +24,13 @@ from kernels_torch.cases import CASES
 BY_ARITHMETIC = {"attention"}
 TOGETHER = {"linear_cross_entropy"}
 FIGURES = Path(__file__).parent / "figures"
+
+
+def folder_for(folder: Path, device: str, small: bool = False) -> Path:
+    """Where numbers go that say something about kernels; those that do not, away from them and out of git."""
+    return folder if device.startswith("cuda") and not small else folder / "local"
+
+
 COLOURS = {
     "torch": "#9aa5b1",
     "torch.compile": "#6b7c93",

@@ -26,7 +26,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from bench.plot import COLOURS, FIGURES
+from bench.plot import COLOURS, FIGURES, folder_for
 from bench.timing import machine_card
 from config import compose
 from data.batches import Batch
@@ -316,11 +316,13 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="models of a moment, to see that all of it works")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--no-wait", action="store_true", help="leave out what takes longest, the wait for step 1")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figure")
+    parser.add_argument("--out", type=Path, help="folder of the CSV; default: bench/results, on a CPU local/ in it")
+    parser.add_argument("--figures", type=Path, help="folder of the figure")
     parser.add_argument("--commit", help="what is timed, where git cannot say")
     parser.add_argument("--first-step", choices=KINDS, help=argparse.SUPPRESS)  # the process whose wait is measured
     args = parser.parse_args()
+    args.out = args.out or folder_for(RESULTS, args.device, args.small)
+    args.figures = args.figures or folder_for(FIGURES, args.device, args.small)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     chosen = [shape for shape in shapes(args.model or list(ROWS), args.small) if shape.arch in (args.arch or ARCHS)]

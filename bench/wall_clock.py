@@ -21,7 +21,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from bench.plot import COLOURS, FIGURES
+from bench.plot import COLOURS, FIGURES, folder_for
 from bench.timing import machine_card
 
 RESULTS = Path(__file__).parent / "results"
@@ -78,16 +78,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=2000, help="of every run; plain PyTorch needs about two minutes")
     parser.add_argument("--run", choices=RUNS, action="append", help="default: all three")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figure")
+    parser.add_argument("--out", type=Path, help="folder of the CSV; default: bench/results, on a CPU local/ in it")
+    parser.add_argument("--figures", type=Path, help="folder of the figure")
     parser.add_argument("--commit", help="what is timed, where git cannot say")
     args, rest = parser.parse_known_args()
     if unknown := [word for word in rest if "=" not in word or word.startswith("--")]:
         parser.error(f"{unknown[0]} is neither an option nor a setting of train.py")
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    args.out = args.out or folder_for(RESULTS, kind)
+    args.figures = args.figures or folder_for(FIGURES, kind)
     every = max(1, args.steps // 10)
     overrides = ["model=d6", "data=tinystories", "stage.total_batch_size=65536", *rest]
     overrides += [f"stage.num_iterations={args.steps}", f"stage.eval_every={every}"]
-    card = machine_card(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    card = machine_card(torch.device(kind))
     card["commit"] = args.commit or card["commit"]
     rows = []
     with tempfile.TemporaryDirectory() as runs_dir:

@@ -1,6 +1,7 @@
 """Which checkpoint is the newest, the best, or meant by a path. Only complete ones count, whatever else lies around."""
 
 import contextlib
+import json
 import os
 import re
 from pathlib import Path
@@ -37,14 +38,24 @@ def is_complete(path: Path) -> bool:
 
 
 def find_newest_run(runs_dir: Path) -> Path:
-    """The run that saved last, of all below `runs_dir` (the runs of a sweep lie deeper than others)."""
+    """The run that saved last, of all below `runs_dir` (the runs of a sweep lie deeper than others).
+
+    Quantised copies, which were made from a run and are named when they are meant, count if there is nothing else.
+    """
     runs_dir = Path(runs_dir)
     runs = {folder.parent for depth in (1, 2, 3) for folder in runs_dir.glob("*/" * depth + "checkpoints")}
     saved_at = {run: max(m["saved_at"] for m in found.values()) for run in runs if (found := _complete(run))}
     if not saved_at:
         looked = f"{len(runs)} runs in {runs_dir}, none with a checkpoint yet" if runs else f"no run in {runs_dir}"
         raise KestrelError(f"no checkpoint found ({looked}): run `python train.py` first, or give ckpt= or runs_dir=")
-    return max(saved_at, key=saved_at.__getitem__)
+    trained = [run for run in saved_at if not _is_quantised(latest(run))]
+    return max(trained or saved_at, key=saved_at.__getitem__)
+
+
+def _is_quantised(path: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return "quant" in json.loads((path / "config.json").read_text())
+    return False
 
 
 def find(path: Path) -> Path:

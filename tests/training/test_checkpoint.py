@@ -277,6 +277,19 @@ def test_the_newest_run_is_the_one_that_saved_last(tmp_path: Path):
     assert checkpoint.find_newest_run(tmp_path) == tmp_path / "sweeps/ant,seed=1"
 
 
+def test_a_quantised_copy_is_newest_only_if_there_is_nothing_else(tmp_path: Path):
+    copy = save(tmp_path / "a-int8", 1)
+    (copy / "config.json").write_text('{"quant": {"form": "int8"}}')
+    reseal(copy)
+    assert checkpoint.find_newest_run(tmp_path) == tmp_path / "a-int8"
+    save(tmp_path / "a", 1)
+    time.sleep(0.002)
+    again = save(tmp_path / "a-int8", 2)
+    (again / "config.json").write_text('{"quant": {"form": "int8"}}')
+    reseal(again)
+    assert checkpoint.find_newest_run(tmp_path) == tmp_path / "a"
+
+
 def test_nothing_found_says_what_was_looked_for_and_where(tmp_path: Path):
     with pytest.raises(KestrelError, match=rf"no run in {tmp_path}/no.*train\.py.*ckpt="):
         checkpoint.find_newest_run(tmp_path / "no")
