@@ -210,6 +210,8 @@ def odd_lengths() -> list:
                 continue
             if not HAS_GPU and D > 128:
                 dtype = torch.float16
+            if dtype == torch.float64 and T > 4000:  # what is exact is in fp64, too, and no closer to the truth
+                dtype = torch.float32
             window = max(1, Tk // 3) if mask in ("window", "both sides") else None
             shape = dict(B=1, T=T, Tk=Tk, H=H, Hkv=Hkv, D=D, causal=mask in ("causal", "window"), window=window)
             name = "-".join(str(part) for part in (T, Tk, H, Hkv, D, mask, str(dtype).removeprefix("torch.")))
@@ -233,9 +235,7 @@ def assert_as_exact_as_plain_pytorch(ours: str, inputs: dict, dtype: torch.dtype
 @pytest.mark.parametrize(("shape", "dtype"), odd_lengths())
 def test_odd_lengths_are_as_exact_as_plain_pytorch(ours, shape, dtype, device, monkeypatch):
     use_tiles(monkeypatch, (128, 64), (64, 128), (128, 64))
-    few = (
-        min(shape["T"], shape["Tk"]) < 4
-    )  # where one key is all that is seen, gradients of scores are 0 but for rounding
+    few = min(shape["T"], shape["Tk"]) < 4  # whoever sees one key only has scores whose gradients are 0 but for rounding
     assert_as_exact_as_plain_pytorch(ours, CASES["attention"].make(shape, dtype, device), dtype, cancels=few)
 
 
