@@ -142,7 +142,7 @@ def noise_of_rounding(
 
 
 def dtype_of(op: str, inputs: dict) -> torch.dtype:
-    """The one under test: that of the first input that is not held in fp32, or what the op is told to give; fp32 if none."""
+    """The one under test: of the first input that is not held in fp32, or what the op is told to give; fp32 if none."""
     if "dtype" in inputs:
         return inputs["dtype"]
     names = [name for name, value in inputs.items() if isinstance(value, Tensor) and value.is_floating_point()]

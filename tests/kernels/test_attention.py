@@ -235,7 +235,7 @@ def assert_as_exact_as_plain_pytorch(ours: str, inputs: dict, dtype: torch.dtype
 @pytest.mark.parametrize(("shape", "dtype"), odd_lengths())
 def test_odd_lengths_are_as_exact_as_plain_pytorch(ours, shape, dtype, device, monkeypatch):
     use_tiles(monkeypatch, (128, 64), (64, 128), (128, 64))
-    few = min(shape["T"], shape["Tk"]) < 4  # whoever sees one key only has scores whose gradients are 0 but for rounding
+    few = min(shape["T"], shape["Tk"]) < 4  # scores of a query that sees one key have gradients of mere rounding
     assert_as_exact_as_plain_pytorch(ours, CASES["attention"].make(shape, dtype, device), dtype, cancels=few)
 
 
