@@ -1,4 +1,4 @@
-"""The kernels of kernels_triton that every GPU runs, of ops that have others for Hopper GPUs, under the names of their ops.
+"""The kernels of kernels_triton that every GPU runs, of ops that have others for Hopper, under the names of their ops.
 
 `kernels=triton kernels.attention=triton_portable` takes attention's.
 """
