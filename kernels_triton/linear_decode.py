@@ -5,7 +5,7 @@ Nothing but reading W takes time, so all is about how many of its bytes are on t
 N ≤ 4, W as it is or of bytes   each thread multiplies 8 columns at a time and sums in registers; the threads of a row
                                 of W meet at the end
 N ≤ 4, W in int4                the same on words of 8 nibbles
-N ≤ 32                          tiles of W on the tensor cores
+N ≤ 16                          tiles of W on the tensor cores
 
 A program asks for its first tiles of W before it waits for the kernel before it (on Hopper and newer), since W does not
 depend on that; and it lets the kernel after it start at once, which does the same. So the memory is not idle while
@@ -17,8 +17,8 @@ and multiplies its results with r; only a gain has to meet x before. Codes becom
 are put into the mantissa of 2²³ and 2²³ is taken off, since conversions have a fraction of the throughput.
 
 Sums are in fp32 (fp64 for fp64), rounded once. There are no atomics and each value has one writer; rows do not know of
-each other, so a row has the same bits whatever the others hold. But the kernels for N ≤ 4, N ≤ 32 and beyond add up in
-different orders. Beyond 32 rows W is dequantised by one pass if need be, and cuBLAS does the product.
+each other, so a row has the same bits whatever the others hold. But the kernels for N ≤ 4, N ≤ 16 and beyond add up in
+different orders. Beyond 16 rows W is dequantised by one pass if need be, and cuBLAS does the product.
 """
 
 from typing import NamedTuple
@@ -36,7 +36,7 @@ from kernels_triton.primitives import relu2, silu, upcast
 from kernels_triton.rmsnorm import rmsnorm
 
 MOST_SUMMED = 4   # rows by multiply and sum
-MOST_TILED = 32   # rows on the tensor cores
+MOST_TILED = 16   # rows on the tensor cores
 IN_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
@@ -89,9 +89,15 @@ def sum_tile(rows: int, C: int, N: int, dtype: torch.dtype, gated: bool) -> SumT
 
 def dot_tile(dtype: torch.dtype, itemsize: int, gated: bool) -> DotTile:
     """16 rows, µs (cuBLAS): 768 → 2304 4.0 (4.5), 2176 → 2176 8.6 (6.6), → 8704 16.0 (14.4), 8704 → 2176 25.7 (15.0).
-    One warp with 16 rows of W: 9.6, 16.6, 33.5, 56.6. Wider values, and gate and up, are to fit into 100 KiB as well."""
-    BC = 32 if dtype == torch.int32 else 256 // itemsize
-    return DotTile(BF=64, BC=BC, warps=4, stages=2 if gated else 4)
+    One warp with 16 rows of W: 9.6, 16.6, 33.5, 56.6. int8 at 2176 → 8704 23.4, int4 43.5. With 64 rows the tile of 64 gave
+    results 1.4 % off, for a reason not found, so no form but the one that was compared on a GPU takes it."""
+    if dtype == torch.int32:
+        return DotTile(BF=16, BC=32, warps=1, stages=4)
+    if dtype in (torch.int8, torch.float8_e4m3fn):
+        return DotTile(BF=16, BC=256, warps=1, stages=2 if gated else 4)
+    if gated or itemsize > 2:
+        return DotTile(BF=32, BC=256 // itemsize, warps=2, stages=2 if gated else 4)
+    return DotTile(BF=64, BC=128, warps=4, stages=4)
 
 
 @triton.jit
