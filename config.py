@@ -32,7 +32,7 @@ from data.sources import SCHEMAS as DATA_SCHEMAS
 from data.sources import DataConfig
 from data.tokenizer import TokenizerConfig
 from errors import KestrelError
-from inference.sampling import SamplingConfig
+from inference.sampling import MAX_SAMPLES, SamplingConfig
 from model.config import ModelConfig
 from model.llama import LlamaConfig
 from model.nanochat import NanochatConfig
@@ -49,7 +49,6 @@ MAX_FLOAT = 1e30  # beyond it fp32 arithmetic overflows, and JSON has no infinit
 MAX_INT = 2**63 - 1
 MAX_RUN_NAME = 200  # bytes; file systems take 255, and -2, -3, … may be appended
 MAX_JOB_NAME = 255
-MAX_SAMPLES = 4096
 MAX_GUESSES = 63  # with the last token as many rows as products of few rows take
 # What switches a number off, for who writes infinity and means that.
 OFF = {

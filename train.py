@@ -44,7 +44,7 @@ from training.machine import describe_machine, memory_bytes, peak_flops
 from training.prepare import prepare_data, require_files
 from training.profile import PROFILED, StepProfile, no_profile
 from training.report import Reporter, tensorboard_writer
-from training.run_directory import RunDirectory
+from training.run_directory import RunDirectory, flatten
 from training.step import CapturedStep, Step
 
 MANY_PASSES = 20  # over the training text, from which on a run says so
@@ -62,6 +62,7 @@ def join_and_train(run: RunConfig) -> None:
         tensorboard_writer()  # missing, it is missed now rather than when the data is ready
     device = distributed.init(run.hardware)
     try:
+        distributed.require_same(dict(flatten(settings(run))), device)
         ops = load_ops(run.kernels, device.device, device.dtype, generates=False)
         cost.require_memory(run.model, run.hardware.device_batch_size, memory_bytes(device.device))
         directory = choose_directory(run, device)

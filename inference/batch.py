@@ -10,6 +10,7 @@ the middle is written anew. A line's draws follow from the seed and its number, 
 """
 
 import dataclasses
+import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,21 +21,25 @@ from inference.calculator import calculate
 from inference.console import note
 from inference.engine import Engine
 from inference.request import Event, Request
-from inference.sampling import SamplingConfig
+from inference.sampling import MAX_SAMPLES, SamplingConfig
 from inference.stopwatch import Stopwatch
 
 SAMPLING_KEYS = {field.name for field in dataclasses.fields(SamplingConfig)}
+BEGINNING = b'{"line": '  # of every answer
 KEYS = {"prompt", "id", "stop", "logprobs", "tools"} | SAMPLING_KEYS
 
 
 def run_batch(engine: Engine, sampling: SamplingConfig, source: Path, target: Path) -> bool:
     """Answer every line of `source` that `target` does not answer yet → False if interrupted."""
     lines = read_source(source)
-    done = read_target(target, lines)
-    waiting = [number for number in lines if number not in done]
-    note(f"{source}: {len(lines)} lines, {len(done)} of them answered in {target} before")
+    if target.exists() and target.samefile(source):
+        raise KestrelError(f"{target} is the input as well: name another output=")
     stopwatch = Stopwatch()
     with target.open("a", encoding="utf-8") as file:
+        take_alone(file, target)
+        done = read_target(target, lines)
+        waiting = [number for number in lines if number not in done]
+        note(f"{source}: {len(lines)} lines, {len(done)} of them answered in {target} before")
         try:
             for number, answer in answers(engine, sampling, lines, waiting, stopwatch):
                 write(
@@ -45,6 +50,16 @@ def run_batch(engine: Engine, sampling: SamplingConfig, source: Path, target: Pa
             return False
     note(stopwatch.summary())
     return True
+
+
+def take_alone(file: TextIO, path: Path) -> None:
+    """Refuse a file that another process is writing answers to."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise KestrelError(f"{path} is being written by another process: wait, or name another output=") from error
+    except OSError:
+        pass  # a file system without locks
 
 
 def answers(
@@ -105,7 +120,10 @@ def take(sample: dict[str, Any], event: Event) -> None:
 
 
 def write(file: TextIO, answer: dict) -> None:
-    file.write(json.dumps(answer, ensure_ascii=False) + "\n")
+    text = json.dumps(answer, ensure_ascii=False)
+    if any("\ud800" <= letter <= "\udfff" for letter in text):  # half a letter, which no encoding has
+        text = json.dumps(answer)
+    file.write(text + "\n")
     file.flush()
 
 
@@ -117,7 +135,7 @@ def read_source(path: Path) -> dict[int, dict]:
             continue
         try:
             lines[number] = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise KestrelError(f"{path} line {number} is not JSON: {error}") from error
         check(lines[number], f"{path} line {number}")
     return lines
@@ -137,7 +155,7 @@ def check(line: Any, where: str) -> None:
     if unknown := sorted(line.keys() - KEYS):
         raise KestrelError(f"{where} has the key {unknown[0]!r}; known keys: {', '.join(sorted(KEYS))}")
     for key, kind in (("stop", list), ("logprobs", int), ("tools", bool)):
-        if key in line and type(line[key]) is not kind:
+        if key in line and type(line[key]) is not kind and not (key == "logprobs" and line[key] is None):
             raise KestrelError(f"{where}: {key} must be a {kind.__name__}, got {line[key]!r:.80}")
     try:
         defaults = dataclasses.asdict(SamplingConfig())
@@ -145,7 +163,9 @@ def check(line: Any, where: str) -> None:
             wanted = (int, float) if isinstance(defaults[key], float) else (int,)
             if type(line[key]) not in wanted and not (key == "max_new_tokens" and line[key] is None):
                 raise KestrelError(f"{key} must be a number, got {line[key]!r:.80}")
-        SamplingConfig(**{key: line[key] for key in SAMPLING_KEYS & line.keys()})
+        settings = SamplingConfig(**{key: line[key] for key in SAMPLING_KEYS & line.keys()})
+        if settings.num_samples > MAX_SAMPLES:
+            raise KestrelError(f"num_samples must be at most {MAX_SAMPLES}, got {settings.num_samples}")
         Request([], stop=tuple(line.get("stop", ())), logprobs=line.get("logprobs"))
     except KestrelError as error:
         raise KestrelError(f"{where}: {error}") from error
@@ -163,12 +183,15 @@ def read_target(path: Path, lines: dict[int, dict]) -> set[int]:
             answer = json.loads(text)
             number = answer["line"]
             fits = answer["prompt"] == lines[number]["prompt"]
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             fits = False
         if not fits:
             raise KestrelError(f"{path} holds something else than answers to this input: name another output=")
         done.add(number)
-    if len(whole) < len(data):
+    torn = data[len(whole) :]
+    if not BEGINNING.startswith(torn[: len(BEGINNING)]):
+        raise KestrelError(f"{path} ends with something else than an answer: name another output=")
+    if torn:
         with path.open("r+b") as file:
             file.truncate(len(whole))
     return done

@@ -103,6 +103,10 @@ def run_chat(engine: Engine, sampling: SamplingConfig, first: str | None = None)
     """Talk until /quit or the end of the input; `first` is said before anything is read."""
     if sampling.num_samples != 1:
         raise KestrelError(f"mode=chat gives one answer at a time: leave num_samples={sampling.num_samples} out")
+    if sys.stdin is None:
+        raise KestrelError("mode=chat reads what you type, but standard input is closed")
+    with suppress(AttributeError):  # what tests put in its place
+        sys.stdin.reconfigure(errors="replace")
     with suppress(ImportError):  # not on Windows: lines are then typed without history
         import readline  # noqa: F401  input() edits lines and remembers them once this is imported
     chat = Chat(engine, sampling)

@@ -90,7 +90,7 @@ class Engine:
         self.device = next(model.parameters()).device
         is_gpu = self.device.type == "cuda"
         self.lag = int(is_gpu) if lag is None else lag
-        self.speculate, self.reader = speculate, None  # what reads guesses
+        self.speculate, self.reader = min(speculate, model.context_len - 1), None  # what reads guesses
         self.capture: Capture | None = CudaGraphs() if (is_gpu if graphs is None else graphs) else None
         cache_tokens = most_tokens(model, max_rows, self.device) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)

@@ -22,6 +22,7 @@ from errors import KestrelError
 from model.ops import reference
 
 PENALTY_WINDOW = 512  # how many of the newest tokens the penalties look at
+MAX_SAMPLES = 4096  # of one prompt
 MAX_TEMPERATURE = 10.0  # beyond this the answer is noise
 
 
@@ -40,6 +41,13 @@ class SamplingConfig:
     num_samples: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "top_k", "seed", "num_samples"):
+            value = getattr(self, name)
+            whole = type(value) is int or (name == "max_new_tokens" and value is None)
+            require(whole, f"{name} must be a whole number, got {value!r:.80}")
+        for name in ("temperature", "top_p", "repetition_penalty", "frequency_penalty", "presence_penalty"):
+            value = getattr(self, name)
+            require(type(value) in (int, float), f"{name} must be a number, got {value!r:.80}")
         limit = self.max_new_tokens
         require(limit is None or limit >= 1, f"max_new_tokens must be at least 1, or null (what fits), got {limit}")
         require(
@@ -47,11 +55,11 @@ class SamplingConfig:
             f"temperature must be between 0 (always the likeliest token) and {MAX_TEMPERATURE:g}, "
             f"got {self.temperature}",
         )
-        require(self.top_k >= 0, f"top_k must be positive, or 0 (off), got {self.top_k}")
+        require(0 <= self.top_k < 2**31, f"top_k must be positive, or 0 (off), and below 2**31, got {self.top_k}")
         require(0 < self.top_p <= 1, f"top_p must be above 0 and at most 1 (off), got {self.top_p}")
         require(
-            0 < self.repetition_penalty < float("inf"),
-            f"repetition_penalty must be a positive number (1: off), got {self.repetition_penalty}",
+            0.01 <= self.repetition_penalty <= 100,
+            f"repetition_penalty must be between 0.01 and 100 (1: off), got {self.repetition_penalty}",
         )
         for name in ("frequency_penalty", "presence_penalty"):
             value = getattr(self, name)

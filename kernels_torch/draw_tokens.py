@@ -26,10 +26,10 @@ def draw_tokens(
     An argmax over log p + Gumbel noise is a draw from p, so this one is from the softmax of logits / temperature. At
     temperature 0 it is the first of the highest logits. All in fp32.
 
-    logits       [B, V]
+    logits       [B, V]; which token a row with NaN draws is not said
     temperature  [B] fp32
     top_k        [B] integers; 0: among all
-    seed, sample, step   [B] int64, which together name the draw
+    seed, sample, step   [B] integers, which together name the draw
     draws        False: no temperature is above 0, and nothing but the logits is read
     most         the largest of top_k
     → [B] int64; not differentiated
@@ -67,7 +67,7 @@ def gumbel_noise(seed: int | Tensor, sample: Tensor, step: int | Tensor, n: int)
     Preferred to inverting the cumulative distribution: no sum over the vocabulary whose rounding could depend on how a
     device splits it, and what top-k or top-p removed (−inf) can never be drawn.
     """
-    keys = mix(mix(sample * signed(0x9E3779B97F4A7C15) + seed) + step)
+    keys = mix(mix(sample.long() * signed(0x9E3779B97F4A7C15) + seed) + step)
     tokens = mix(torch.arange(1, n + 1, device=sample.device))
     return gumbel(shifted(mix(keys[:, None] + tokens), 32))
 

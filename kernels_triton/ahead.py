@@ -127,21 +127,34 @@ def compile_once(what: object, work: Callable[[], None], say: Callable[[str], No
     """
     note = note_of(what)
     if os.environ.get("LOCAL_RANK", "0") != "0":
-        give_up_at = time.monotonic() + WAIT_S
-        while not note.exists() and time.monotonic() < give_up_at:
+        began = time.time()
+        while not note.exists() and time.time() < began + WAIT_S:
+            with suppress(OSError, ValueError):
+                if float(gave_up(note).read_text()) > began - WAIT_S:
+                    return
             time.sleep(0.05)
         return
     if note.exists():
         return
+    done = False
     try:
         with compiling_ahead(say) as compilers:
             work()
+        done = not compilers.failed
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         say(f"kernels are compiled one by one, as they are needed ({reason})")
-        return
-    if not compilers.failed:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.touch()
+    finally:
+        with suppress(OSError):  # where nothing can be noted, nothing was cached
+            note.parent.mkdir(parents=True, exist_ok=True)
+            if done:
+                note.touch()
+            else:
+                gave_up(note).write_text(str(time.time()))
+
+
+def gave_up(note: Path) -> Path:
+    """Beside a note that was not written: when its rank ended without it, for those that wait."""
+    return note.with_suffix(".failed")

@@ -36,7 +36,7 @@ def quantisation_named(form: str | None, group: int = GROUP) -> Quantisation | N
     if form not in FORMS:
         raise KestrelError(f"quant must be one of {', '.join(FORMS)}, got '{form}'")
     if group not in GROUPS:
-        raise KestrelError(f"group must be {' or '.join(map(str, GROUPS))}, got {group}")
+        raise KestrelError(f"quant_group must be {' or '.join(map(str, GROUPS))}, got {group}")
     return Quantisation(form, group)
 
 
@@ -46,7 +46,7 @@ def quantisation_of(config: dict[str, Any]) -> Quantisation | None:
     if said is None:
         return None
     form, group = (said.get("form"), said.get("group")) if isinstance(said, dict) else (said, None)
-    if form not in FORMS or group not in GROUPS:
+    if form not in FORMS or type(group) is not int or group not in GROUPS:
         raise KestrelError(f"the checkpoint's config is damaged, or newer than this version: quant is {said!r:.80}")
     return Quantisation(form, group)
 

@@ -279,6 +279,24 @@ def any_rank(flag: bool, device: torch.device) -> bool:
     return bool(all_reduce_sum(torch.tensor(int(flag), device=device)).item()) if dist.is_initialized() else flag
 
 
+def require_same(settings: dict[str, Any], device: Device) -> None:
+    """Refuse ranks that were started with different settings: they would wait for each other, or train nonsense.
+
+    settings   dotted key → value
+    """
+    if device.world_size == 1:
+        return
+    texts = {key: repr(value) for key, value in settings.items()}
+    everyone: list[Any] = [None] * device.world_size
+    dist.all_gather_object(everyone, texts)
+    for rank, theirs in enumerate(everyone):
+        for key in sorted(everyone[0].keys() | theirs.keys()):
+            if (ours := everyone[0].get(key)) != (other := theirs.get(key)):
+                raise KestrelError(
+                    f"rank {rank} was started with {key}={other} and rank 0 with {key}={ours}: start all with the same"
+                )
+
+
 def broadcast_object(value: Any) -> Any:
     """Rank 0's value, on every rank."""
     if not dist.is_initialized():

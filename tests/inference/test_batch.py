@@ -1,5 +1,6 @@
 """A file of prompts becomes a file of answers, once each, however often it is stopped."""
 
+import fcntl
 import json
 from pathlib import Path
 
@@ -129,3 +130,54 @@ def test_an_output_that_answers_something_else_is_left_alone(source, tmp_path):
         with pytest.raises(KestrelError, match="something else than answers to this input: name another output="):
             run_batch(scripted(), SamplingConfig(), source, target)
         assert target.read_text() == text
+
+
+@pytest.mark.parametrize("content", ["my only notes", "one\ntwo", '{"prompt": "a"}', '{"line": 1}\nrest'])
+def test_a_file_that_is_no_output_is_left_as_it_is(source, tmp_path, content):
+    target = tmp_path / "notes.txt"
+    target.write_text(content)
+    with pytest.raises(KestrelError, match=r"notes\.txt .*name another output="):
+        run_batch(real(), DRAWN, source, target)
+    assert target.read_text() == content
+
+
+def test_the_input_is_no_output(tmp_path):
+    path = tmp_path / "one.jsonl"
+    path.write_text('{"prompt": "a"}')
+    with pytest.raises(KestrelError, match=r"one\.jsonl is the input as well"):
+        run_batch(real(), DRAWN, path, path)
+    assert path.read_text() == '{"prompt": "a"}'
+
+
+def test_two_commands_do_not_write_to_one_file(source, tmp_path):
+    target = tmp_path / "answers.jsonl"
+    with target.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(KestrelError, match=r"answers\.jsonl is being written by another process"):
+            run_batch(real(), DRAWN, source, target)
+    assert run_batch(real(), DRAWN, source, target)
+
+
+def test_half_a_letter_is_written_as_it_came(tmp_path):
+    source, target = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    source.write_text('{"prompt": "x", "id": "\\ud800", "max_new_tokens": 2, "logprobs": null}\n')
+    assert run_batch(real(), DRAWN, source, target)
+    assert json.loads(target.read_text())["id"] == "\ud800"
+    assert run_batch(real(), DRAWN, source, target), "and read again"
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "x", "id": ' + "[" * 100_000 + "]" * 100_000 + "}", "line 1 is not JSON"),
+        ('{"prompt": "x", "num_samples": 20000}', "num_samples must be at most 4096, got 20000"),
+        ('{"prompt": "x", "top_k": 100000000000000000000}', "top_k must be .*got 1000"),
+        ('{"prompt": "x", "repetition_penalty": 1e300}', "repetition_penalty must be between 0.01 and 100"),
+    ],
+    ids=["deep", "num_samples", "top_k", "penalty"],
+)
+def test_a_line_beyond_all_bounds_is_refused(line, says, tmp_path):
+    source = tmp_path / "prompts.jsonl"
+    source.write_text(line)
+    with pytest.raises(KestrelError, match=says):
+        run_batch(real(), DRAWN, source, tmp_path / "answers.jsonl")

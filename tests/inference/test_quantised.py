@@ -123,7 +123,7 @@ def test_what_is_quantised_is_not_quantised_again_or_trained_on(run):
     ("overrides", "message"),
     [
         (["quant=int3"], "quant must be one of int8, int4, fp8, got 'int3'"),
-        (["quant=int4", "quant_group=48"], "group must be 64 or 128, got 48"),
+        (["quant=int4", "quant_group=48"], "quant_group must be 64 or 128, got 48"),
         (["quant=int8", "device=tpu"], "device must be auto, cpu or cuda, got 'tpu'"),
         (["quant=int8", "ckpt="], "ckpt= is empty"),
         (["quant=int8", "out="], "out= is empty"),

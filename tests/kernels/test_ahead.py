@@ -100,6 +100,19 @@ def test_work_that_cannot_be_rehearsed_is_said_and_is_no_error():
     assert not ahead.rehearsing
 
 
+def test_a_cache_that_cannot_be_written_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(triton.knobs.cache, "dir", "/proc/nowhere")
+    ahead.compile_once("what", Kernel(tmp_path, "k").launch, lambda text: None)
+
+
+def test_other_ranks_do_not_wait_for_one_that_gave_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ahead.compile_once("what", Kernel(tmp_path, "k", fails=True).launch, lambda text: None)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    began = time.monotonic()
+    ahead.compile_once("what", lambda: pytest.fail("not its work"), print)
+    assert time.monotonic() - began < 5
+
+
 def test_a_full_memory_is_an_error():
     def work() -> None:
         raise torch.OutOfMemoryError("full")

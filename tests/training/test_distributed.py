@@ -242,6 +242,13 @@ assert distributed.all_reduce_sum(torch.tensor(rank + 1.0)) == 3
 assert distributed.all_reduce_mean(torch.tensor(rank + 1.0)) == 1.5
 assert distributed.broadcast_object({"from": rank} if rank == 0 else None) == {"from": 0}
 assert distributed.any_rank(rank == 1, device.device) and not distributed.any_rank(False, device.device)
+distributed.require_same({"seed": 1, "model.depth": None}, device)
+try:
+    distributed.require_same({"seed": 1, "model.depth": 2 + rank}, device)
+except distributed.KestrelError as error:
+    assert str(error) == "rank 1 was started with model.depth=3 and rank 0 with model.depth=2: start all with the same"
+else:
+    raise AssertionError("different models were let through")
 distributed.barrier()
 distributed.cleanup()
 distributed.cleanup()
