@@ -394,6 +394,7 @@ def mlp_case(op: str, inputs: Callable[..., Shape], matrices: int, time: list[Sh
         differentiable=("x", *weights),
         batched=("x",),
         check=[dict(N=7, D=12, F=20), dict(N=1, D=1, F=1), dict(N=37, D=31, F=53), dict(N=0, D=4, F=8)],
+        prove=(dict(N=7168, D=384, F=1536),),  # where Hopper's kernels begin
         time=time,
     )
 
@@ -841,6 +842,7 @@ CASES = {
                 dict(N=1, D=1, V=1, ignored=0.0),
                 dict(N=0, D=4, V=6),
             ],
+            prove=(dict(N=300, D=384, V=1000, padding=24, softcap=15.0, weights=True),),  # Hopper's kernel
             time=[dict(N=65536, D=768, V=32768, softcap=15.0), dict(N=32768, D=1536, V=65536, softcap=15.0)],
         ),
         Case(
