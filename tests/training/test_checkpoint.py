@@ -727,11 +727,11 @@ def forge_header(path: Path, change: Callable[[dict], object], which: str = "mod
 
 
 def refused_quickly(path: Path) -> str:
-    """Loading raises our own error within a second of work, and without waiting. → its message"""
+    """Loading raises our own error after little work, and without waiting. → its message"""
     started = time.process_time(), time.perf_counter()
     with pytest.raises(KestrelError) as caught:
         load(path)
-    assert time.process_time() - started[0] < 1
+    assert time.process_time() - started[0] < 3  # what a forged length asks for would take minutes
     assert time.perf_counter() - started[1] < 8  # the machine may be busy
     return str(caught.value)
 
