@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import checkpoint
-from bench.plot import COLOURS, FIGURES
-from bench.timing import copy_gbps, machine_card
+from bench.plot import COLOURS, finish_figure
+from bench.timing import FIGURES, RESULTS, copy_gbps, folder_for, machine_card
 from bench.train_step import write_csv
 from config import compose
 from data.tokenizer import tokenizer_from_json
@@ -46,7 +46,6 @@ from model import LanguageModel, build, config_from_dict
 from model.cost import bytes_of_products, kv_bytes_per_token
 from model.ops import KernelConfig, load_ops
 
-RESULTS = Path(__file__).parent / "results"
 CHECKED = 64  # places at which the likeliest token is compared
 
 
@@ -444,15 +443,6 @@ def draw_context(rows: list[dict[str, str]], path: Path) -> None:
     finish_figure(figure, rows[0], path)
 
 
-def finish_figure(figure: plt.Figure, card: dict[str, str], path: Path) -> None:
-    text = f"{card['device']}, torch {card['torch']}, triton {card['triton']}, commit {card['commit']}"
-    figure.text(0.99, 0.005, text, ha="right", fontsize=7)
-    figure.tight_layout(rect=(0, 0.015, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=VOCAB, action="append", help="default: all")
@@ -464,10 +454,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--small", action="store_true", help="models of a moment, to see that all of it works")
     parser.add_argument("--context", action="store_true", help="over the length of the context instead")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the CSV")
-    parser.add_argument("--figures", type=Path, default=FIGURES, help="folder of the figure")
+    parser.add_argument("--out", type=Path, help="folder of the CSV; default: bench/results, on a CPU local/ in it")
+    parser.add_argument("--figures", type=Path, help="folder of the figure")
     parser.add_argument("--commit", help="what is timed, where git cannot say")
     args = parser.parse_args()
+    args.out = args.out or folder_for(RESULTS, args.device, args.small)
+    args.figures = args.figures or folder_for(FIGURES, args.device, args.small)
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     names = args.candidate or ["torch", "triton", "triton + graph"]

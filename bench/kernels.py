@@ -25,12 +25,21 @@ from torch import Tensor
 
 import kernels_torch
 from bench.peers import UNCHUNKED, peers, products_of
-from bench.timing import Call, Timing, capture, copy_gbps, host_us, machine_card, time_in_turns
+from bench.timing import (
+    RESULTS,
+    Call,
+    Timing,
+    capture,
+    copy_gbps,
+    folder_for,
+    host_us,
+    machine_card,
+    time_in_turns,
+)
 from kernels_torch.cases import CASES, Case, Shape
 from model.ops import find_op, load_backend, prove
 from tests.numerics import assert_close, exact_and_plain, floating, outputs
 
-RESULTS = Path(__file__).parent / "results"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -342,7 +351,7 @@ def main() -> None:
         parser.error(f"--tune knows the tiles of --op {' '.join(TILES)} only")
     if args.device == "cpu":
         print("no GPU, where --small is quicker: ours are not timed, as Triton's interpreter would say nothing of them")
-    args.out = args.out or (RESULTS if args.device.startswith("cuda") and not args.small else RESULTS / "local")
+    args.out = args.out or folder_for(RESULTS, args.device, args.small)
     device, dtype = torch.device(args.device), DTYPES[args.dtype]
     functorch_config.donated_buffer = False  # backward is repeated on one forward
     roof, card = copy_gbps(device), machine_card(device)

@@ -17,20 +17,14 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from bench.kernels import COPY, PRODUCTS, RESULTS
+from bench.kernels import COPY, PRODUCTS
+from bench.timing import FIGURES, RESULTS
 from kernels_torch.cases import CASES
 
 BY_ARITHMETIC = {"attention"}
 TOGETHER = {"linear_cross_entropy"}
-FIGURES = Path(__file__).parent / "figures"
-
-
-def folder_for(folder: Path, device: str, small: bool = False) -> Path:
-    """Where numbers go that say something about kernels; those that do not, away from them and out of git."""
-    return folder if device.startswith("cuda") and not small else folder / "local"
-
-
 COLOURS = {
     "torch": "#9aa5b1",
     "torch.compile": "#6b7c93",
@@ -53,13 +47,19 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axis.set_ylabel(f"{direction}: {unit}", fontsize=8)
     axes[0, 0].legend(ncol=7, loc="upper center", bbox_to_anchor=(0.5, 1.18), frameon=False)
     card = rows[0]
-    figure.text(
-        0.99, 0.005, f"{card['device']}, copy {float(card['copy_gbps']) / 1e3:.2f} TB/s, {card['dtype']}, "
-        f"torch {card['torch']}, triton {card['triton']}, commit {card['commit']}", ha="right", fontsize=7,
-    )  # fmt: skip
+    finish_figure(figure, card, path, f"copy {float(card['copy_gbps']) / 1e3:.2f} TB/s, {card['dtype']}")
+
+
+def finish_figure(figure: Figure, card: dict[str, str], path: Path, *facts: str) -> None:
+    """Say below a figure what was timed on, and save it."""
+    below = ", ".join(
+        [card["device"], *facts, f"torch {card['torch']}, triton {card['triton']}, commit {card['commit']}"]
+    )
+    figure.text(0.99, 0.005, below, ha="right", fontsize=7)
     figure.tight_layout(rect=(0, 0.015, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
+    plt.close(figure)
 
 
 def draw_direction(axis: Axes, rows: list[dict[str, str]]) -> None:

@@ -13,11 +13,19 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 Call = Callable[[], object]
+RESULTS = Path(__file__).parent / "results"
+FIGURES = Path(__file__).parent / "figures"
+
+
+def folder_for(folder: Path, device: str, small: bool = False) -> Path:
+    """Where numbers go that say something about kernels; those that do not, away from them and out of git."""
+    return folder if device.startswith("cuda") and not small else folder / "local"
 
 
 class Timing(NamedTuple):

@@ -26,8 +26,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from bench.plot import COLOURS, FIGURES, folder_for
-from bench.timing import machine_card
+from bench.plot import COLOURS, finish_figure
+from bench.timing import FIGURES, RESULTS, folder_for, machine_card
 from config import compose
 from data.batches import Batch
 from model import LanguageModel, build, cost
@@ -40,7 +40,6 @@ from optim.schedules import ScheduleValues
 from training.machine import peak_flops
 from training.step import EAGER_STEPS, CapturedStep, Step
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 VOCAB = 32_768
 VALUES = ScheduleValues(lr_mult=0.1, momentum=0.95, weight_decay_mult=1.0)
@@ -287,15 +286,7 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
         axis.grid(axis="y", lw=0.3)
     axes[0].legend(ncol=len(names), frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.2))
     axes[-1].set_xticks(range(len(groups)), [f"{model}\n{arch}" for model, arch in groups])
-    card = rows[0]
-    figure.text(
-        0.99, 0.005, f"{card['device']}, torch {card['torch']}, triton {card['triton']}, commit {card['commit']}",
-        ha="right", fontsize=7,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.015, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish_figure(figure, rows[0], path)
 
 
 def short(value: float) -> str:

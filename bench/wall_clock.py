@@ -21,10 +21,9 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
 
-from bench.plot import COLOURS, FIGURES, folder_for
-from bench.timing import machine_card
+from bench.plot import COLOURS, finish_figure
+from bench.timing import FIGURES, RESULTS, folder_for, machine_card
 
-RESULTS = Path(__file__).parent / "results"
 ROOT = Path(__file__).parent.parent
 RUNS = {
     "torch": ["kernels=torch"],
@@ -63,15 +62,7 @@ def draw(rows: list[dict], path: Path) -> None:
     axis.set_xlim(left=0)
     axis.grid(lw=0.3)
     axis.legend(frameon=False)
-    card = rows[0]
-    figure.text(
-        0.99, 0.005, f"{card['device']}, torch {card['torch']}, triton {card['triton']}, commit {card['commit']}",
-        ha="right", fontsize=7,
-    )  # fmt: skip
-    figure.tight_layout(rect=(0, 0.02, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    finish_figure(figure, rows[0], path)
 
 
 def main() -> None:
