@@ -134,10 +134,6 @@ class InferConfig(SamplingConfig):
                 f"num_samples must be at most {MAX_SAMPLES}, got {self.num_samples}: they are told side by side, "
                 "so run the command again with another seed for more"
             )
-        if not 0.01 <= self.repetition_penalty <= 100:
-            raise KestrelError(
-                f"repetition_penalty must be between 0.01 and 100 (1: off), got {self.repetition_penalty}"
-            )
 
     def sampling(self) -> SamplingConfig:
         """How to sample, and nothing else."""

@@ -186,6 +186,15 @@ def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: in
         raise ValueError(f"qk_norm_rope eps must not be negative, got {eps}")
 
 
+def check_new_tokens(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, eps: float | None
+) -> None:
+    """Refuse what no cache can take, in pages or in one piece."""
+    check_qk_norm_rope(q, k, cos, sin, lengths, eps)
+    if v.shape != k.shape or v.dtype != k.dtype:
+        raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
+
+
 def check_qk_norm_rope_append(
     q: Tensor,
     k: Tensor,
@@ -199,9 +208,7 @@ def check_qk_norm_rope_append(
 ) -> None:
     """Refuse what `qk_norm_rope_append` cannot mean."""
     check_devices(q=q, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
-    check_qk_norm_rope(q, k, cos, sin, lengths, eps)
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
+    check_new_tokens(q, k, v, cos, sin, lengths, eps)
     B, _, Hkv, D = k.shape
     if k_cache.dim() != 4 or (k_cache.shape[0], *k_cache.shape[2:]) != (B, Hkv, D) or v_cache.shape != k_cache.shape:
         raise ValueError(
@@ -227,9 +234,7 @@ def check_qk_norm_rope_append_paged(
 ) -> None:
     """Refuse what `qk_norm_rope_append_paged` cannot mean."""
     check_devices(q=q, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
-    check_qk_norm_rope(q, k, cos, sin, lengths, eps)
-    if v.shape != k.shape or v.dtype != k.dtype:
-        raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
+    check_new_tokens(q, k, v, cos, sin, lengths, eps)
     B, _, Hkv, D = k.shape
     if k_pages.dim() != 4 or tuple(k_pages.shape[2:]) != (Hkv, D) or v_pages.shape != k_pages.shape:
         raise ValueError(f"pages must be [P, page, {Hkv}, {D}], got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}")

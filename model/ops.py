@@ -134,12 +134,7 @@ def compile_ahead(
 
 
 # What has a backward pass: neither decoding nor the optimizer.
-RECOMPUTABLE = [
-    op
-    for op in OP_NAMES
-    if op not in ("qk_norm_rope_append", "attention_decode", "linear_decode", "draw_tokens")
-    and not op.startswith(("muon_", "newton_", "adamw_"))
-]
+RECOMPUTABLE = [op for op in OP_NAMES if op not in {*FORMS.values(), *ENGINE, *OPTIMIZER}]
 
 
 def recomputing(ops: Ops, names: list[str]) -> Ops:

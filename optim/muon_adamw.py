@@ -236,19 +236,18 @@ class Group:
         self.grads: list[Tensor] = []  # of the owned rows, averaged
         self.squared_norm = torch.zeros((), device=self.device)  # this rank's part of it
 
-    def local_gradients(self) -> list[Tensor]:
-        for name, p in zip(self.names, self.params):
-            assert p.grad is not None, f"{name} has no gradient: every parameter must take part in the loss"
-        return [p.grad for p in self.params]
+    def local_gradient(self, i: int) -> Tensor:
+        grad = self.params[i].grad
+        assert grad is not None, f"{self.names[i]} has no gradient: every parameter must take part in the loss"
+        return grad
 
     def reduce(self, bucket: int) -> None:
         """Start averaging a bucket's gradients over the ranks."""
         if bucket not in self.begun:
-            self.begun[bucket] = self.average([self.params[i].grad for i in self.buckets[bucket]], bucket)
+            self.begun[bucket] = self.average([self.local_gradient(i) for i in self.buckets[bucket]], bucket)
 
     def start_reduce(self) -> None:
         """Start averaging all that is not on its way yet."""
-        self.local_gradients()
         for bucket in range(len(self.buckets)):
             self.reduce(bucket)
 
