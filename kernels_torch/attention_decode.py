@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels_torch.attention import check_heads, check_window, fused_attention, visible
 from kernels_torch.checks import check_devices, holds_integers
+from kernels_torch.quantised_cache import as_bytes, check_pages, dequantise
 
 
 def attention_decode(
@@ -70,18 +71,26 @@ def attention_decode_paged(
     *,
     window: int | None = None,
     scale: float | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """`attention_decode` over pages: position s of row b is entry s % page of page block_table[b, s // page].
 
     q                 [B, Tn, H, D]
-    k_pages, v_pages  [P, page, Hkv, D], the dtype of q; rows may share pages
+    k_pages, v_pages  [P, page, Hkv, D], the dtype of q, or codes, int8 or float8_e4m3fn (quantised_cache.py); rows may
+                      share pages
     block_table       [B, n] integers on the device, the pages of each row in order; what lies behind those of
                       lengths[b] keys may be anything (the others are not checked: that would wait for the device)
     lengths, window, scale   as there; lengths at most n · page
+    k_scales, v_scales       of codes, [P, page, Hkv] fp32
     → [B, Tn, H, D]
     """
-    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window)
-    k, v = (in_order(pages, block_table) for pages in (k_pages, v_pages))
+    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window, k_scales, v_scales)
+    if k_scales is None:
+        k, v = (in_order(pages, block_table) for pages in (k_pages, v_pages))
+    else:
+        pairs = ((k_pages, k_scales), (v_pages, v_scales))
+        k, v = (numbers_in_order(pages, scales, block_table, q.dtype) for pages, scales in pairs)
     valid = is_valid(k, lengths)
     for copy in (k, v):  # in place: a second copy would take as long as all the rest
         copy.masked_fill_(~valid, 0)
@@ -89,8 +98,14 @@ def attention_decode_paged(
 
 
 def in_order(pages: Tensor, block_table: Tensor) -> Tensor:
-    """[P, page, Hkv, D] and [B, n] → [B, n · page, Hkv, D]; an entry that is no page is taken as some page."""
+    """[P, page, …] and [B, n] → [B, n · page, …]; an entry that is no page is taken as some page."""
     return pages[block_table.long().clamp(0, len(pages) - 1)].flatten(1, 2)
+
+
+def numbers_in_order(pages: Tensor, scales: Tensor, block_table: Tensor, dtype: torch.dtype) -> Tensor:
+    """What the codes [P, page, Hkv, D] of each row stand for [B, n · page, Hkv, D]."""
+    codes = in_order(as_bytes(pages), block_table).view(pages.dtype)
+    return dequantise(codes, in_order(scales, block_table), dtype)
 
 
 def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None) -> None:
@@ -107,17 +122,29 @@ def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths:
 
 
 def check_attention_decode_paged(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, window: int | None
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    window: int | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Refuse what `attention_decode_paged` cannot mean, in the words of `attention_decode`."""
     check_devices(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
+    check_devices(q=q, k_scales=k_scales, v_scales=v_scales)
     if q.dim() != 4 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[3] != k_pages.shape[3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k_pages, v_pages))
         raise ValueError(f"q must be [B, Tn, H, D], k_pages and v_pages [P, page, Hkv, D], got {shapes}")
     (B, Tn, H, _), (_, page, Hkv, _) = q.shape, k_pages.shape
     if Hkv == 0 or H % Hkv:
         raise ValueError(f"query heads must be a multiple of key heads, got {H} and {Hkv}")
-    if not (q.dtype == k_pages.dtype == v_pages.dtype and q.is_floating_point()):
+    if not (k_scales is None and v_scales is None):
+        check_pages(k_pages, v_pages, k_scales, v_scales)
+        if not q.is_floating_point():
+            raise ValueError(f"q must be floating point, got {q.dtype}")
+    elif not (q.dtype == k_pages.dtype == v_pages.dtype and q.is_floating_point()):
         dtypes = f"{q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
         raise ValueError(f"q, k_pages and v_pages must have one floating-point dtype, got {dtypes}")
     if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):

@@ -22,25 +22,31 @@ def attention_step_paged(
     qk_scale: float = 1.0,
     window: int | None = None,
     scale: float | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope_append_paged` of one token a row, then `attention_decode_paged` of it over all there is with it.
 
     q                 [B, 1, H, D]
     k, v              [B, 1, Hkv, D], the dtype of q
-    k_pages, v_pages  [P, page, Hkv, D] in the dtype of q: written in place
+    k_pages, v_pages  [P, page, Hkv, D] in the dtype of q, or codes, int8 or float8_e4m3fn: written in place. Of the new
+                      key and value, too, it is the codes that count
     block_table, cos, sin   as there
     lengths           [B] integers on the device: tokens each row held before, fewer than n · page (not checked: that
                       would wait for the device)
     eps, qk_scale     of the norm of q and k
     window, scale     of the attention
+    k_scales, v_scales  of codes, [P, page, Hkv] fp32: written in place, too
     → (out [B, 1, H, D], k_pages, v_pages)
 
     There is no gradient. Raises ValueError for shapes and dtypes that do not fit together.
     """
-    check_attention_step_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, window)
-    places = (block_table, cos, sin, lengths)
-    q, k_pages, v_pages = qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale)
-    out = attention_decode_paged(q, k_pages, v_pages, block_table, lengths + 1, window=window, scale=scale)
+    places, scales = (block_table, cos, sin, lengths), dict(k_scales=k_scales, v_scales=v_scales)
+    check_attention_step_paged(q, k, v, k_pages, v_pages, *places, eps, window, **scales)
+    q, k_pages, v_pages = qk_norm_rope_append_paged(
+        q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale, **scales
+    )
+    out = attention_decode_paged(q, k_pages, v_pages, block_table, lengths + 1, window=window, scale=scale, **scales)
     return out, k_pages, v_pages
 
 
@@ -56,13 +62,15 @@ def check_attention_step_paged(
     lengths: Tensor,
     eps: float | None,
     window: int | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Refuse what `attention_step_paged` cannot mean."""
-    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps)
+    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, k_scales, v_scales)
     if q.shape[1] != 1:
         raise ValueError(f"a step takes one token a row, got q {tuple(q.shape)}")
     if k.shape[2] == 0 or q.shape[2] % k.shape[2]:
         raise ValueError(f"query heads must be a multiple of key heads, got {q.shape[2]} and {k.shape[2]}")
-    if not q.dtype == k_pages.dtype == v_pages.dtype:
+    if k_scales is None and not q.dtype == k_pages.dtype == v_pages.dtype:
         raise ValueError(f"pages must be {q.dtype} like q, got {k_pages.dtype} and {v_pages.dtype}")
     check_window(window)

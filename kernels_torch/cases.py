@@ -13,6 +13,8 @@ from torch import Tensor, rand, randint, randn
 
 from kernels_torch.adamw import AdamWRates
 from kernels_torch.muon import variance_shape
+from kernels_torch.quantised_cache import FORMS, as_bytes
+from kernels_torch.quantised_cache import quantise as quantise_heads
 from kernels_torch.quantised_weight import GROUP, quantise
 
 Shape = dict[str, Any]
@@ -172,20 +174,29 @@ def qk_norm_rope_append_paged_inputs(
     scale: float = 1.0,
     full: bool = False,
     short: int = 0,
+    codes: str | None = None,
 ) -> Shape:
     """The cache of qk_norm_rope_append_inputs, cut into pages that lie in any order among some that are nobody's.
 
     short   rows that the rotary tables lack
+    codes   what the pages hold: int8, fp8; None: numbers
     """
     inputs = qk_norm_rope_append_inputs(B, T, n * page - short, H, Hkv, D, eps, scale, full)
     order = 1 + torch.randperm(B * n + 2)  # page 0 is nobody's
     del inputs["k_cache"], inputs["v_cache"]
-    return dict(
-        inputs,
-        k_pages=randn(B * n + 3, page, Hkv, D),
-        v_pages=randn(B * n + 3, page, Hkv, D),
-        block_table=order[: B * n].view(B, n).to(torch.int32),
-    )
+    pages = dict(k_pages=randn(B * n + 3, page, Hkv, D), v_pages=randn(B * n + 3, page, Hkv, D))
+    return dict(inputs, **as_codes(pages, codes), block_table=order[: B * n].view(B, n).to(torch.int32))
+
+
+def as_codes(pages: Shape, form: str | None) -> Shape:
+    """k_pages and v_pages, or their codes and scales; a code whose scale is not finite is the largest there is."""
+    if form is None:
+        return pages
+    codes = {}
+    for x in "kv":
+        codes[f"{x}_pages"], codes[f"{x}_scales"] = quantise_heads(pages[f"{x}_pages"], FORMS[form])
+        as_bytes(codes[f"{x}_pages"])[~codes[f"{x}_scales"].isfinite()] = 127  # 127, or NaN
+    return codes
 
 
 def attention_step_paged_inputs(
@@ -198,6 +209,7 @@ def attention_step_paged_inputs(
     eps: float | None = 1e-6,
     qk_scale: float = 1.0,
     window: int | None = None,
+    codes: str | None = None,
 ) -> Shape:
     """As qk_norm_rope_append_paged_inputs with room for a token; what pages hold beyond the lengths would show."""
     inputs = qk_norm_rope_append_paged_inputs(B, 1, page, n, H, Hkv, D, eps, qk_scale)
@@ -206,6 +218,7 @@ def attention_step_paged_inputs(
         pages = torch.full_like(inputs[name], 1000.0)
         pages[inputs["block_table"].long()] = randn(B, n, page, Hkv, D).masked_fill(beyond, 1000.0)
         inputs[name] = pages
+    inputs |= as_codes({name: inputs[name] for name in ("k_pages", "v_pages")}, codes)
     return dict(inputs, qk_scale=inputs.pop("scale"), window=window)
 
 
@@ -257,7 +270,16 @@ def attention_decode_inputs(
 
 
 def attention_decode_paged_inputs(
-    B: int, Tn: int, page: int, n: int, H: int, Hkv: int, D: int, window: int | None = None, full: bool = False
+    B: int,
+    Tn: int,
+    page: int,
+    n: int,
+    H: int,
+    Hkv: int,
+    D: int,
+    window: int | None = None,
+    full: bool = False,
+    codes: str | None = None,
 ) -> Shape:
     """The cache of attention_decode_inputs, cut into pages that lie in any order among some that are nobody's."""
     inputs = attention_decode_inputs(B, Tn, n * page, H, Hkv, D, window, full)
@@ -266,7 +288,8 @@ def attention_decode_paged_inputs(
     for i, name in enumerate(("k_cache", "v_cache")):
         pages[i, order[: B * n]] = inputs.pop(name).view(B * n, page, Hkv, D)
     block_table = order[: B * n].view(B, n).to(torch.int32)
-    return dict(inputs, k_pages=pages[0].clone(), v_pages=pages[1].clone(), block_table=block_table)
+    pages = as_codes(dict(k_pages=pages[0].clone(), v_pages=pages[1].clone()), codes)
+    return dict(inputs, **pages, block_table=block_table)
 
 
 def draw_tokens_inputs(B: int, V: int, most: int = 0, draws: bool = True, ties: bool = False) -> Shape:
@@ -646,13 +669,15 @@ CASES = {
             flops=lambda B, T, H, Hkv, D, **_: 8 * B * T * (H + Hkv) * D,
             bytes=lambda B, T, H, Hkv, D, **_: 2 * B * T * (H + 2 * Hkv) * D,
             batched=("q", "k", "v"),
-            fp32=("cos", "sin"),
+            fp32=("cos", "sin", "k_scales", "v_scales"),
             check=[
                 dict(B=3, T=1, page=4, n=3, H=4, Hkv=2, D=16),
                 dict(B=2, T=5, page=4, n=4, H=2, Hkv=1, D=6, scale=1.2),
                 dict(B=4, T=3, page=7, n=1, H=2, Hkv=2, D=8, eps=None),
                 dict(B=5, T=3, page=2, n=3, H=3, Hkv=1, D=32, full=True),
                 dict(B=3, T=2, page=4, n=2, H=2, Hkv=1, D=8, full=True, short=3),
+                dict(B=4, T=3, page=4, n=2, H=2, Hkv=2, D=24, full=True, codes="int8"),
+                dict(B=3, T=1, page=5, n=2, H=2, Hkv=1, D=16, codes="fp8"),
                 dict(B=0, T=1, page=4, n=1, H=2, Hkv=1, D=8),
             ],
             time=[dict(B=B, T=1, page=32, n=64, H=H, Hkv=H, D=128) for B, H in ((1, 6), (32, 6), (32, 16))],
@@ -760,10 +785,15 @@ CASES = {
                 B * D * (2 * Tn * H + 2 * min(n * page, (n * page if window is None else window) + Tn) * Hkv)
             ),
             batched=("q",),
+            fp32=("k_scales", "v_scales"),
             check=[
                 dict(B=3, Tn=1, page=8, n=3, H=4, Hkv=2, D=16),
                 dict(B=2, Tn=5, page=4, n=4, H=2, Hkv=1, D=8, window=3),
                 dict(B=1, Tn=7, page=7, n=1, H=2, Hkv=2, D=8, full=True),
+                dict(B=3, Tn=1, page=8, n=3, H=2, Hkv=2, D=24, codes="int8"),
+                dict(B=2, Tn=5, page=16, n=3, H=4, Hkv=2, D=16, window=9, codes="int8"),
+                dict(B=3, Tn=1, page=8, n=5, H=2, Hkv=2, D=16, window=9, codes="fp8"),
+                dict(B=2, Tn=2, page=5, n=4, H=4, Hkv=1, D=8, codes="fp8"),
                 dict(B=0, Tn=1, page=4, n=2, H=2, Hkv=1, D=8),
             ],
             time=[
@@ -777,13 +807,16 @@ CASES = {
             flops=lambda B, page, n, H, D, **_: 4 * B * H * D * n * page,
             bytes=lambda B, page, n, H, Hkv, D, **_: 2 * B * D * (H + n * page * Hkv),
             batched=("q", "k", "v"),
-            fp32=("cos", "sin"),
+            fp32=("cos", "sin", "k_scales", "v_scales"),
             check=[
                 dict(B=3, page=4, n=3, H=2, Hkv=2, D=16),
                 dict(B=2, page=8, n=9, H=3, Hkv=3, D=6, window=5, qk_scale=1.2),
                 dict(B=4, page=32, n=5, H=1, Hkv=1, D=24, eps=None),
                 dict(B=2, page=4, n=2, H=4, Hkv=2, D=8, window=1),
                 dict(B=2, page=3, n=2, H=2, Hkv=2, D=8, window=1),
+                dict(B=3, page=8, n=5, H=2, Hkv=2, D=24, codes="int8"),
+                dict(B=2, page=4, n=3, H=4, Hkv=2, D=16, codes="int8"),
+                dict(B=3, page=3, n=5, H=2, Hkv=2, D=16, window=4, codes="fp8"),
                 dict(B=0, page=4, n=2, H=2, Hkv=2, D=8),
             ],
             prove=(dict(B=2, page=32, n=10, H=2, Hkv=2, D=128), dict(B=2, page=32, n=10, H=8, Hkv=2, D=128)),

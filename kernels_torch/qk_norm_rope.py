@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels_torch.checks import check_devices, holds_integers
+from kernels_torch.quantised_cache import as_bytes, check_pages, quantise
 
 
 def qk_norm_rope(
@@ -93,23 +94,27 @@ def qk_norm_rope_append_paged(
     *,
     eps: float | None = 1e-6,
     scale: float = 1.0,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qk_norm_rope_append` to pages: position s of row b is entry s % page of page block_table[b, s // page].
 
     q                 [B, T, H, D]
     k, v              [B, T, Hkv, D], the dtype of q
-    k_pages, v_pages  [P, page, Hkv, D], any strides and any floating-point dtype: written in place
+    k_pages, v_pages  [P, page, Hkv, D], any strides and any floating-point dtype: written in place; or codes, int8 or
+                      float8_e4m3fn, of what k and v are in their dtype (quantised_cache.py)
     block_table       [B, n] integers on the device: the pages of each row in order; those that are written to must be
                       pages, and no two rows' (neither is checked: that would wait for the device)
     cos, sin          [S, D/2] fp32
     lengths           [B] integers on the device: tokens each row holds already; what has no room in n · page, or no
                       row in the tables, is dropped
     eps, scale        as in qk_norm_rope
+    k_scales, v_scales  of codes, [P, page, Hkv] fp32: written in place, too
     → (q, k_pages, v_pages): q rotated and normalised, and the pages themselves
 
     There is no gradient. Raises ValueError for shapes and dtypes that do not fit together.
     """
-    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps)
+    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, k_scales, v_scales)
     with torch.no_grad():
         page = k_pages.shape[1]
         S = min(block_table.shape[1] * page, cos.shape[0])
@@ -117,8 +122,13 @@ def qk_norm_rope_append_paged(
         angles = angles_at(positions, cos, sin, q)
         q, k = (rotate_and_norm(x, *angles, eps, scale) for x in (q, k))
         places = (block_table.gather(1, positions // page).long(), positions % page)
-        for pages, new in ((k_pages, k), (v_pages, v)):
-            write(pages, places, new, lengths, S)
+        for pages, scales, new in ((k_pages, k_scales, k), (v_pages, v_scales, v)):
+            if scales is None:
+                write(pages, places, new, lengths, S)
+            else:
+                codes, new_scales = quantise(new, pages.dtype)
+                write(as_bytes(pages), places, as_bytes(codes), lengths, S)
+                write(scales[..., None], places, new_scales[..., None], lengths, S)
     return q, k_pages, v_pages
 
 
@@ -231,15 +241,17 @@ def check_qk_norm_rope_append_paged(
     sin: Tensor,
     lengths: Tensor,
     eps: float | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> None:
     """Refuse what `qk_norm_rope_append_paged` cannot mean."""
     check_devices(q=q, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
+    check_devices(q=q, k_scales=k_scales, v_scales=v_scales)
     check_new_tokens(q, k, v, cos, sin, lengths, eps)
     B, _, Hkv, D = k.shape
     if k_pages.dim() != 4 or tuple(k_pages.shape[2:]) != (Hkv, D) or v_pages.shape != k_pages.shape:
         raise ValueError(f"pages must be [P, page, {Hkv}, {D}], got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}")
-    if not (k_pages.is_floating_point() and v_pages.is_floating_point()):
-        raise ValueError(f"pages must be floating point, got {k_pages.dtype} and {v_pages.dtype}")
+    check_pages(k_pages, v_pages, k_scales, v_scales)
     if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
         raise ValueError(
             f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"

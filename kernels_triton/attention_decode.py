@@ -19,6 +19,8 @@ The grid follows from shapes alone, and how a row's keys are split from its own 
 graph holds for all lengths, short rows are split as finely as long ones, and no row changes a bit of another. Splits for
 which nothing is left end at once. Those of a row are joined in one order, so two runs give the same bits.
 
+Pages may hold codes of 8 bits (quantised_cache.py). They become numbers in registers; scales of keys multiply scores.
+
 What lies beyond a row's length is not read. Weights of zero would not do, as 0 · NaN is NaN.
 
 q, the cache, lengths and the block table may have any strides; nothing is copied. Strides are plain integers, since
@@ -34,6 +36,7 @@ from torch import Tensor
 
 from kernels_torch.attention_decode import check_attention_decode, check_attention_decode_paged
 from kernels_triton.launch import can_overlap, ceil_div, launch, n_processors, next_power_of_two
+from kernels_triton.quantised_cache import as_read, numbers_of, scale_arguments
 
 
 class Tile(NamedTuple):
@@ -152,10 +155,11 @@ def _rows_of_block(table, i, o_s, m_s, i_b, stride_tb, stride_tn, PAGE: tl.const
 
 @triton.jit(do_not_specialize=["S", "Hkv", "n_m", "n_splits"])
 def _attention_decode_kernel(
-    q, k, v, table, lengths, out, parts, stats,
+    q, k, v, k_scales, v_scales, table, lengths, out, parts, stats,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd, stride_tb, stride_tn, stride_lengths,
-    window, Tn, S, Hkv, n_m, n_splits,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh,
+    stride_tb, stride_tn, stride_lengths, window, Tn, S, Hkv, n_m, n_splits,
     G: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, scale: tl.constexpr,
     BM: tl.constexpr, BS: tl.constexpr, BD: tl.constexpr, LEAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):
@@ -196,7 +200,12 @@ def _attention_decode_kernel(
         o_k = i_page * stride_kb + o_row * stride_ks + i_h.to(tl.int64) * stride_kh
         o_v = i_page * stride_vb + o_row * stride_vs + i_h.to(tl.int64) * stride_vh
         b_k = tl.load(k + o_k[:, None] + o_d[None, :] * stride_kd, mask=m_sd, other=0.0)                # [BS, BD]
+        if k_scales is not None:
+            b_k = numbers_of(b_k).to(b_q.dtype)
         b_s = tl.dot(b_q, b_k.T, input_precision="ieee", out_dtype=ACC) * (scale * 1.4426950408889634)                 # [BM, BS]
+        if k_scales is not None:
+            o_u = i_page * stride_ksp + o_row * stride_kss + i_h.to(tl.int64) * stride_ksh
+            b_s *= tl.load(k_scales + o_u, mask=m_s, other=0.0).to(ACC)[None, :]
         seen = o_s[None, :] <= b_pos[:, None]
         if window is not None:
             seen = seen & (o_s[None, :] >= b_pos[:, None] - window)
@@ -207,6 +216,10 @@ def _attention_decode_kernel(
         b_shrink = tl.exp2(b_max - b_ref)                                                               # [BM]
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
         b_v = tl.load(v + o_v[:, None] + o_d[None, :] * stride_vd, mask=m_sd, other=0.0)                # [BS, BD]
+        if v_scales is not None:  # as numbers of their size: weights times scales may be too small for fp16
+            o_u = i_page * stride_vsp + o_row * stride_vss + i_h.to(tl.int64) * stride_vsh
+            b_u = tl.load(v_scales + o_u, mask=m_s, other=0.0).to(ACC)                                  # [BS]
+            b_v = (numbers_of(b_v).to(ACC) * b_u[:, None]).to(b_q.dtype)
         b_acc = tl.dot(b_e.to(b_v.dtype), b_v, b_acc * b_shrink[:, None], input_precision="ieee", out_dtype=ACC)
         b_max = b_new
 
@@ -224,9 +237,11 @@ def _attention_decode_kernel(
 
 @triton.jit(do_not_specialize=["S", "Hkv", "n_splits"])
 def _attention_decode_one_kernel(
-    q, k, v, table, lengths, out, parts, stats,
+    q, k, v, k_scales, v_scales, table, lengths, out, parts, stats,
     stride_qb, stride_qh, stride_qd, stride_kb, stride_ks, stride_kh, stride_kd,
-    stride_vb, stride_vs, stride_vh, stride_vd, stride_tb, stride_tn, stride_lengths, window, S, Hkv, n_splits,
+    stride_vb, stride_vs, stride_vh, stride_vd,
+    stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh,
+    stride_tb, stride_tn, stride_lengths, window, S, Hkv, n_splits,
     D: tl.constexpr, PAGE: tl.constexpr, scale: tl.constexpr,
     BS: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, LEAST: tl.constexpr, OVERLAP: tl.constexpr,
 ):
@@ -267,15 +282,26 @@ def _attention_decode_one_kernel(
         o_v = i_page * stride_vb + o_row * stride_vs + i_h.to(tl.int64) * stride_vh
         b_k = tl.load(k + o_k[:, :, None] + o_d[None, None, :] * stride_kd, mask=m_sd, other=0.0)       # [BL, BS / BL, BD]
         b_v = tl.load(v + o_v[:, :, None] + o_d[None, None, :] * stride_vd, mask=m_sd, other=0.0)       # [BL, BS / BL, BD]
+        if k_scales is not None:
+            o_k = i_page * stride_ksp + o_row * stride_kss + i_h.to(tl.int64) * stride_ksh
+            o_v = i_page * stride_vsp + o_row * stride_vss + i_h.to(tl.int64) * stride_vsh
+            b_ku = tl.load(k_scales + o_k, mask=m_s, other=0.0).to(ACC)                                 # [BL, BS / BL]
+            b_vu = tl.load(v_scales + o_v, mask=m_s, other=0.0).to(ACC)                                 # [BL, BS / BL]
+            b_k, b_v = numbers_of(b_k), numbers_of(b_v)
         seen = m_s
         if window is not None:
             seen = seen & (o_s >= end - 1 - window)
-        b_s = tl.where(seen, tl.sum(b_k.to(ACC) * b_q[None, None, :], 2), float("-inf"))                # [BL, BS / BL]
+        b_s = tl.sum(b_k.to(ACC) * b_q[None, None, :], 2)                                               # [BL, BS / BL]
+        if k_scales is not None:
+            b_s *= b_ku
+        b_s = tl.where(seen, b_s, float("-inf"))
         b_new = tl.maximum(b_max, tl.max(b_s, 1))                                                       # [BL]
         b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)
         b_e = tl.exp2(b_s - b_ref[:, None])                                                             # [BL, BS / BL]
         b_shrink = tl.exp2(b_max - b_ref)                                                               # [BL]
         b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
+        if k_scales is not None:
+            b_e *= b_vu
         b_acc = b_acc * b_shrink[:, None] + tl.sum(b_e[:, :, None] * b_v.to(ACC), 1)
         b_max = b_new
     b_top = tl.max(b_max, 0)
@@ -322,7 +348,8 @@ def _join_splits_kernel(
 
 
 def _attention_decode(
-    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, lengths: Tensor, window: int | None, scale: float
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, lengths: Tensor, window: int | None, scale: float,
+    k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> Tensor:
     """q [B, Tn, H, D], k and v [B, S, Hkv, D], or [P, page, Hkv, D] with table [B, n] → out [B, Tn, H, D]."""
     (B, Tn, H, D), (_, page, Hkv, _) = q.shape, k.shape
@@ -332,7 +359,7 @@ def _attention_decode(
     S = page if table is None else table.shape[1] * page
     window = None if window is None or window >= S - 1 else window
     G = H // Hkv
-    tile = tile_for(Tn * G, D, q.element_size(), 2 * B * S * Hkv * D * q.element_size())
+    tile = tile_for(Tn * G, D, q.element_size(), 2 * B * S * Hkv * D * k.element_size())
     n_m = ceil_div(Tn * G, tile.BM)
     reach = S if window is None else min(S, window + ceil_div(tile.BM, G) + tile.BS)
     splits = n_splits(B * Hkv * n_m, ceil_div(reach, tile.BS), tile, n_processors(q.device), n_m)
@@ -346,15 +373,17 @@ def _attention_decode(
     tb, tn = (0, 0) if table is None else table.stride()
     BD = max(16, next_power_of_two(D))
     shared = dict(
-        q=q, k=k, v=v, table=table, lengths=lengths, out=out if parts is None else None, parts=parts, stats=stats,
+        q=q, k=as_read(k, k_scales), v=as_read(v, v_scales), table=table, lengths=lengths,
+        out=out if parts is None else None, parts=parts, stats=stats,
         stride_qb=qb, stride_qh=qh, stride_qd=qd, stride_kb=kb, stride_ks=ks, stride_kh=kh, stride_kd=kd,
         stride_vb=vb, stride_vs=vs, stride_vh=vh, stride_vd=vd, stride_tb=tb, stride_tn=tn,
         stride_lengths=lengths.stride(0), window=window, S=S, Hkv=Hkv, n_splits=splits, D=D,
         PAGE=None if table is None else page, scale=scale, BS=tile.BS, BD=BD, LEAST=tile.least, OVERLAP=overlap,
+        **scale_arguments(k_scales, v_scales),
     )
     if tile.BM == 1:
         launch(
-            _attention_decode_one_kernel, (B * Hkv * splits,), **shared, BL=lanes(tile, BD * q.element_size()),
+            _attention_decode_one_kernel, (B * Hkv * splits,), **shared, BL=lanes(tile, BD * k.element_size()),
             num_warps=tile.warps, num_stages=tile.stages, launch_pdl=overlap,
         )
     else:
@@ -385,12 +414,13 @@ def attention_decode(
 
 def attention_decode_paged(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, lengths: Tensor, *, window: int | None = None,
-    scale: float | None = None,
+    scale: float | None = None, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> Tensor:
     """kernels_torch.attention_decode_paged, in one pass over the pages that are seen."""
-    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window)
+    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window, k_scales, v_scales)
     with torch.no_grad():
-        return _attention_decode(q, k_pages, v_pages, block_table, lengths, window, scale_of(q, scale))
+        options = (window, scale_of(q, scale), k_scales, v_scales)
+        return _attention_decode(q, k_pages, v_pages, block_table, lengths, *options)
 
 
 def scale_of(q: Tensor, scale: float | None) -> float:

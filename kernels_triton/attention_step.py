@@ -21,6 +21,7 @@ from kernels_torch.attention_step import check_attention_step_paged
 from kernels_triton.attention_decode import _blocks_seen, _rows_of_block, attention_decode_paged, lanes, tile_for
 from kernels_triton.launch import can_overlap, ceil_div, check_gpu, launch, n_processors, next_power_of_two
 from kernels_triton.qk_norm_rope import qk_norm_rope_append_paged, table_of
+from kernels_triton.quantised_cache import as_read, codes_of, numbers_of, scale_and_inverse, scale_arguments
 from kernels_triton.rows import values_side_by_side
 
 # As attention_decode's for one query to a key head; right on an H200, not timed there yet.
@@ -41,12 +42,23 @@ def _rotated(x, o_d, m_d, b_cos, b_sin, D: tl.constexpr, eps: tl.constexpr, scal
     return b_y.to(x.dtype.element_ty).to(b_cos.dtype)
 
 
+@triton.jit
+def _store_codes(p_codes, p_scale, b_x, m_d):
+    """One vector [BD] as codes and their scale → what they stand for."""
+    b_scale, b_inverse = scale_and_inverse(tl.max(tl.abs(b_x), 0), tl.sum(b_x * 0.0, 0), p_codes.dtype.element_ty)
+    b_codes = codes_of(b_x * b_inverse, p_codes.dtype.element_ty)                                                          # [BD]
+    tl.store(p_codes, b_codes, mask=m_d)
+    tl.store(p_scale, b_scale)
+    return numbers_of(b_codes).to(b_x.dtype) * b_scale.to(p_scale.dtype.element_ty).to(b_x.dtype)
+
+
 @triton.jit(do_not_specialize=["S", "Hkv", "n_splits"])
 def _attention_step_kernel(
-    q, k, v, k_pages, v_pages, table, cos, sin, lengths, parts, stats,
+    q, k, v, k_pages, v_pages, k_scales, v_scales, table, cos, sin, lengths, parts, stats,
     stride_qb, stride_qh, stride_kb, stride_kh, stride_vb, stride_vh,
-    stride_kp, stride_ks, stride_kph, stride_vp, stride_vs, stride_vph, stride_tb, stride_tn,
-    stride_cos, stride_sin, stride_lengths, window, S, Hkv, n_splits,
+    stride_kp, stride_ks, stride_kph, stride_vp, stride_vs, stride_vph,
+    stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh,
+    stride_tb, stride_tn, stride_cos, stride_sin, stride_lengths, window, S, Hkv, n_splits,
     D: tl.constexpr, PAGE: tl.constexpr, eps: tl.constexpr, qk_scale: tl.constexpr, scale: tl.constexpr,
     BS: tl.constexpr, BL: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
 ):
@@ -78,9 +90,16 @@ def _attention_step_kernel(
         i_row = (length % PAGE).to(tl.int64)
         p_k = k_pages + i_page * stride_kp + i_row * stride_ks + i_h * stride_kph
         p_v = v_pages + i_page * stride_vp + i_row * stride_vs + i_h * stride_vph
-        tl.store(p_k + o_d, b_k.to(k_pages.dtype.element_ty), mask=m_d)
-        tl.store(p_v + o_d, b_v, mask=m_d)
-        tl.store(parts + i_part * D + o_d, b_v.to(b_q.dtype), mask=m_d)
+        if k_scales is None:
+            tl.store(p_k + o_d, b_k.to(k_pages.dtype.element_ty), mask=m_d)
+            tl.store(p_v + o_d, b_v, mask=m_d)
+            b_v = b_v.to(b_q.dtype)
+        else:
+            p_ku = k_scales + i_page * stride_ksp + i_row * stride_kss + i_h * stride_ksh
+            p_vu = v_scales + i_page * stride_vsp + i_row * stride_vss + i_h * stride_vsh
+            b_k = _store_codes(p_k + o_d, p_ku, b_k, m_d)
+            b_v = _store_codes(p_v + o_d, p_vu, b_v.to(b_q.dtype), m_d)
+        tl.store(parts + i_part * D + o_d, b_v, mask=m_d)
         tl.store(stats + i_part * 2, tl.sum(b_k * b_q, 0))
         tl.store(stats + i_part * 2 + 1, 1.0)
     else:
@@ -99,12 +118,23 @@ def _attention_step_kernel(
             o_v = i_page * stride_vp + o_row * stride_vs + i_h * stride_vph
             b_k = tl.load(k_pages + o_k[:, :, None] + o_d[None, None, :], mask=m_sd, other=0.0)         # [BL, BS / BL, BD]
             b_v = tl.load(v_pages + o_v[:, :, None] + o_d[None, None, :], mask=m_sd, other=0.0)         # [BL, BS / BL, BD]
-            b_s = tl.where(m_s, tl.sum(b_k.to(b_q.dtype) * b_q[None, None, :], 2), float("-inf"))       # [BL, BS / BL]
+            if k_scales is not None:
+                o_k = i_page * stride_ksp + o_row * stride_kss + i_h * stride_ksh
+                o_v = i_page * stride_vsp + o_row * stride_vss + i_h * stride_vsh
+                b_ku = tl.load(k_scales + o_k, mask=m_s, other=0.0).to(b_q.dtype)                       # [BL, BS / BL]
+                b_vu = tl.load(v_scales + o_v, mask=m_s, other=0.0).to(b_q.dtype)                       # [BL, BS / BL]
+                b_k, b_v = numbers_of(b_k), numbers_of(b_v)
+            b_s = tl.sum(b_k.to(b_q.dtype) * b_q[None, None, :], 2)                                     # [BL, BS / BL]
+            if k_scales is not None:
+                b_s *= b_ku
+            b_s = tl.where(m_s, b_s, float("-inf"))
             b_new = tl.maximum(b_max, tl.max(b_s, 1))                                                   # [BL]
             b_ref = tl.where(b_new == float("-inf"), 0.0, b_new)  # nothing seen yet: exp2 of −inf, not of NaN
             b_e = tl.exp2(b_s - b_ref[:, None])                                                         # [BL, BS / BL]
             b_shrink = tl.exp2(b_max - b_ref)                                                           # [BL]
             b_sum = b_sum * b_shrink + tl.sum(b_e, 1)
+            if k_scales is not None:
+                b_e *= b_vu
             b_acc = b_acc * b_shrink[:, None] + tl.sum(b_e[:, :, None] * b_v.to(b_q.dtype), 1)
             b_max = b_new
         b_top = tl.max(b_max, 0)
@@ -141,6 +171,7 @@ def _join_step_kernel(
 def _attention_step(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, table: Tensor, cos: Tensor, sin: Tensor,
     lengths: Tensor, eps: float | None, qk_scale: float, window: int | None, scale: float,
+    k_scales: Tensor | None, v_scales: Tensor | None,
 ) -> Tensor:
     """q, k, v [B, 1, H, D] → out [B, 1, H, D]."""
     (B, _, H, D), (_, page, _, _) = q.shape, k_pages.shape
@@ -162,12 +193,14 @@ def _attention_step(
         n_splits=splits, D=D, BS=tile.BS, OVERLAP=overlap, launch_pdl=overlap,
     )
     launch(
-        _attention_step_kernel, (B * H * (splits + 1),), q=q, k=k, v=v, k_pages=k_pages, v_pages=v_pages, table=table,
-        cos=cos, sin=sin, stride_qb=q.stride(0), stride_qh=q.stride(2), stride_kb=k.stride(0), stride_kh=k.stride(2),
+        _attention_step_kernel, (B * H * (splits + 1),), q=q, k=k, v=v, k_pages=as_read(k_pages, k_scales),
+        v_pages=as_read(v_pages, v_scales), table=table, cos=cos, sin=sin, stride_qb=q.stride(0), stride_qh=q.stride(2),
+        stride_kb=k.stride(0), stride_kh=k.stride(2),
         stride_vb=v.stride(0), stride_vh=v.stride(2), stride_kp=kp, stride_ks=ks, stride_kph=kph, stride_vp=vp,
         stride_vs=vs, stride_vph=vph, stride_tb=table.stride(0), stride_tn=table.stride(1), stride_cos=cos.stride(0),
-        stride_sin=sin.stride(0), PAGE=page, eps=eps, qk_scale=qk_scale, scale=scale, BL=lanes(tile, BD * q.element_size()),
-        BD=BD, num_warps=tile.warps, num_stages=tile.stages, **shared,
+        stride_sin=sin.stride(0), PAGE=page, eps=eps, qk_scale=qk_scale, scale=scale,
+        BL=lanes(tile, BD * k_pages.element_size()), BD=BD, num_warps=tile.warps, num_stages=tile.stages, **shared,
+        **scale_arguments(k_scales, v_scales),
     )
     BP = next_power_of_two(splits + 1)
     BJ = min(next_power_of_two(D), max(16, JOINED // BP))
@@ -180,22 +213,23 @@ def _attention_step(
 def attention_step_paged(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cos: Tensor, sin: Tensor,
     lengths: Tensor, *, eps: float | None = 1e-6, qk_scale: float = 1.0, window: int | None = None,
-    scale: float | None = None,
+    scale: float | None = None, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kernels_torch.attention_step_paged, in two launches or three. Arguments: see there."""
-    check_attention_step_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, window)
+    places, scales = (block_table, cos, sin, lengths), dict(k_scales=k_scales, v_scales=v_scales)
+    check_attention_step_paged(q, k, v, k_pages, v_pages, *places, eps, window, **scales)
     check_gpu(q=q)
     (B, _, H, D), page = q.shape, k_pages.shape[1]
-    cache_bytes = 2 * B * block_table.shape[1] * page * H * D * q.element_size()
+    cache_bytes = 2 * B * block_table.shape[1] * page * H * D * k_pages.element_size()
     side_by_side = k_pages.stride(3) == v_pages.stride(3) == 1
     if k.shape[2] != H or tile_for(1, D, q.element_size(), cache_bytes).BM > 1 or not side_by_side:
-        places = (block_table, cos, sin, lengths)
-        q, *_ = qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale)
-        out = attention_decode_paged(q, k_pages, v_pages, block_table, lengths + 1, window=window, scale=scale)
-        return out, k_pages, v_pages
+        q, *_ = qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale, **scales)
+        seen = (block_table, lengths + 1)
+        return attention_decode_paged(q, k_pages, v_pages, *seen, window=window, scale=scale, **scales), k_pages, v_pages
     with torch.no_grad():
         q, k, v = values_side_by_side(q), values_side_by_side(k), values_side_by_side(v)
         cos, sin = table_of(cos, q), table_of(sin, q)
         eps, scale = eps if eps is None else float(eps), D**-0.5 if scale is None else float(scale)
         places = (k_pages, v_pages, block_table, cos, sin, lengths)
-        return _attention_step(q, k, v, *places, eps, float(qk_scale), window, scale), k_pages, v_pages
+        out = _attention_step(q, k, v, *places, eps, float(qk_scale), window, scale, **scales)
+        return out, k_pages, v_pages

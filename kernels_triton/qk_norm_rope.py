@@ -39,6 +39,8 @@ from kernels_torch.qk_norm_rope import (
 )
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import can_overlap, ceil_div, check_gpu, launch, next_power_of_two
+from kernels_triton.primitives import upcast
+from kernels_triton.quantised_cache import as_read, codes_of, scale_and_inverse, scale_arguments
 from kernels_triton.rows import stride_of, values_side_by_side
 
 # Warps a program. On an H200 (copy 4.25 TB/s; µs between events, L2 flushed, bf16; in brackets a plain copy of as many
@@ -205,8 +207,9 @@ def _qk_norm_rope_bwd_kernel(
 
 @triton.jit
 def _append(
-    i_p, x, z, table, cos, sin, lengths, stride_xb, stride_xt, stride_xh, stride_zb, stride_zs, stride_zh, stride_zd,
-    stride_tb, stride_tn, stride_cos, stride_sin, stride_lengths, T, S,
+    i_p, x, z, scales, table, cos, sin, lengths, stride_xb, stride_xt, stride_xh,
+    stride_zb, stride_zs, stride_zh, stride_zd, stride_sp, stride_ss, stride_sh, stride_tb, stride_tn, stride_cos,
+    stride_sin, stride_lengths, T, S,
     H: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
     ROTATED: tl.constexpr, CACHED: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):
@@ -226,6 +229,13 @@ def _append(
         else:
             b_page = tl.load(table + i_b * stride_tb + o_p // PAGE * stride_tn, mask=m_z, other=0).to(tl.int64)
             o_z = b_page * stride_zb + o_p % PAGE * stride_zs
+        if scales is not None:
+            kind: tl.constexpr = z.dtype.element_ty
+            b_z1, b_z2 = upcast(b_z1.to(x.dtype.element_ty)), upcast(b_z2.to(x.dtype.element_ty))
+            b_top = tl.max(tl.maximum(tl.abs(b_z1), tl.abs(b_z2)), 1)                                   # [BN]
+            b_scale, b_inverse = scale_and_inverse(b_top, tl.sum(b_z1 * 0.0 + b_z2 * 0.0, 1), kind)     # [BN]
+            tl.store(scales + b_page * stride_sp + o_p % PAGE * stride_ss + o_h * stride_sh, b_scale, mask=m_z)
+            b_z1, b_z2 = codes_of(b_z1 * b_inverse[:, None], kind), codes_of(b_z2 * b_inverse[:, None], kind)
         _store_halves(z, b_z1, b_z2, o_z + o_h * stride_zh, stride_zd, m_z, D, BD)
     else:
         _store_halves(z, b_z1, b_z2, ((i_b * T + o_t) * H + o_h) * D, 1, m_x, D, BD)
@@ -233,9 +243,10 @@ def _append(
 
 @triton.jit(do_not_specialize=["n_q", "n_k"])
 def _qk_norm_rope_append_kernel(
-    q, k, v, zq, k_cache, v_cache, table, cos, sin, lengths,
+    q, k, v, zq, k_cache, v_cache, k_scales, v_scales, table, cos, sin, lengths,
     stride_qb, stride_qt, stride_qh, stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
     stride_kcb, stride_kcs, stride_kch, stride_kcd, stride_vcb, stride_vcs, stride_vch, stride_vcd,
+    stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh,
     stride_tb, stride_tn, stride_cos, stride_sin, stride_lengths, T, S, n_q, n_k,
     H: tl.constexpr, Hkv: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, eps: tl.constexpr, scale: tl.constexpr,
     BN: tl.constexpr, BD: tl.constexpr, OVERLAP: tl.constexpr,
@@ -247,19 +258,20 @@ def _qk_norm_rope_append_kernel(
     i_p = tl.program_id(0)
     if i_p < n_q:
         _append(
-            i_p, q, zq, None, cos, sin, lengths, stride_qb, stride_qt, stride_qh, None, None, None, None, None, None,
-            stride_cos, stride_sin, stride_lengths, T, S, H, D, PAGE, eps, scale, True, False, BN, BD,
+            i_p, q, zq, None, None, cos, sin, lengths, stride_qb, stride_qt, stride_qh,
+            None, None, None, None, None, None, None, None, None, stride_cos, stride_sin, stride_lengths,
+            T, S, H, D, PAGE, eps, scale, True, False, BN, BD,
         )
     elif i_p < n_q + n_k:
         _append(
-            i_p - n_q, k, k_cache, table, cos, sin, lengths, stride_kb, stride_kt, stride_kh,
-            stride_kcb, stride_kcs, stride_kch, stride_kcd, stride_tb, stride_tn,
+            i_p - n_q, k, k_cache, k_scales, table, cos, sin, lengths, stride_kb, stride_kt, stride_kh,
+            stride_kcb, stride_kcs, stride_kch, stride_kcd, stride_ksp, stride_kss, stride_ksh, stride_tb, stride_tn,
             stride_cos, stride_sin, stride_lengths, T, S, Hkv, D, PAGE, eps, scale, True, True, BN, BD,
         )
     else:
         _append(
-            i_p - n_q - n_k, v, v_cache, table, cos, sin, lengths, stride_vb, stride_vt, stride_vh,
-            stride_vcb, stride_vcs, stride_vch, stride_vcd, stride_tb, stride_tn,
+            i_p - n_q - n_k, v, v_cache, v_scales, table, cos, sin, lengths, stride_vb, stride_vt, stride_vh,
+            stride_vcb, stride_vcs, stride_vch, stride_vcd, stride_vsp, stride_vss, stride_vsh, stride_tb, stride_tn,
             stride_cos, stride_sin, stride_lengths, T, S, Hkv, D, PAGE, eps, scale, False, True, BN, BD,
         )
 
@@ -335,7 +347,7 @@ def _qk_norm_rope_bwd(
 
 def _qk_norm_rope_append(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None, cos: Tensor, sin: Tensor,
-    lengths: Tensor, eps: float | None, scale: float,
+    lengths: Tensor, eps: float | None, scale: float, k_scales: Tensor | None, v_scales: Tensor | None,
 ) -> Tensor:
     """Fill the caches, or with a table [B, n] the pages; → q rotated, normalised and scaled."""
     zq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
@@ -349,8 +361,8 @@ def _qk_norm_rope_append(
     S = page if table is None else min(table.shape[1] * page, cos.shape[0])
     overlap = can_overlap(q.device)
     launch(
-        _qk_norm_rope_append_kernel, (n_q + 2 * n_k,), q=q, k=k, v=v, zq=zq, k_cache=k_cache, v_cache=v_cache,
-        table=table, cos=cos, sin=sin, lengths=lengths,
+        _qk_norm_rope_append_kernel, (n_q + 2 * n_k,), q=q, k=k, v=v, zq=zq, k_cache=as_read(k_cache, k_scales),
+        v_cache=as_read(v_cache, v_scales), table=table, cos=cos, sin=sin, lengths=lengths,
         stride_qb=qb, stride_qt=qt, stride_qh=qh, stride_kb=kb, stride_kt=kt, stride_kh=kh,
         stride_vb=vb, stride_vt=vt, stride_vh=vh,
         stride_kcb=kcb, stride_kcs=kcs, stride_kch=kch, stride_kcd=kcd,
@@ -359,7 +371,7 @@ def _qk_norm_rope_append(
         stride_sin=sin.stride(0), stride_lengths=lengths.stride(0),
         T=q.shape[1], S=S, n_q=n_q, n_k=n_k, H=q.shape[2], Hkv=k.shape[2], D=q.shape[3],
         PAGE=None if table is None else page, eps=eps, scale=scale, BN=BN, BD=BD, OVERLAP=overlap, num_warps=WARPS,
-        launch_pdl=overlap,
+        launch_pdl=overlap, **scale_arguments(k_scales, v_scales),
     )
     return zq
 
@@ -420,21 +432,23 @@ def qk_norm_rope_append(
 
 def qk_norm_rope_append_paged(
     q: Tensor, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cos: Tensor, sin: Tensor,
-    lengths: Tensor, *, eps: float | None = 1e-6, scale: float = 1.0,
+    lengths: Tensor, *, eps: float | None = 1e-6, scale: float = 1.0, k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kernels_torch.qk_norm_rope_append_paged, in one launch. Arguments: see there."""
-    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps)
+    check_qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, k_scales, v_scales)
     check_gpu(q=q)
     with torch.no_grad():
-        q = _appended(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, scale)
+        q = _appended(q, k, v, k_pages, v_pages, block_table, cos, sin, lengths, eps, scale, k_scales, v_scales)
     return q, k_pages, v_pages
 
 
 def _appended(
     q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, table: Tensor | None, cos: Tensor, sin: Tensor,
-    lengths: Tensor, eps: float | None, scale: float,
+    lengths: Tensor, eps: float | None, scale: float, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> Tensor:
     q, k, v = values_side_by_side(q), values_side_by_side(k), values_side_by_side(v)
     cos, sin = table_of(cos, q), table_of(sin, q)
     eps = eps if eps is None else float(eps)
-    return _qk_norm_rope_append(q, k, v, k_cache, v_cache, table, cos, sin, lengths, eps, float(scale))
+    places = (k_cache, v_cache, table, cos, sin, lengths)
+    return _qk_norm_rope_append(q, k, v, *places, eps, float(scale), k_scales, v_scales)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import kernels_torch
 from kernels_torch.cases import CASES
+from kernels_torch.quantised_cache import as_bytes
 
 
 def assert_close(got: Tensor, exact: Tensor, plain: Tensor, name: str = "value", slack: float = 2.0) -> None:
@@ -60,10 +61,10 @@ def upstream_of(outs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def run(op: str, op_function: Callable, inputs: dict, upstream: tuple[Tensor, ...] | None = None) -> dict[str, Tensor]:
-    """Outputs by number and gradients by input."""
+    """Outputs by number, those of 8 bits as their bytes, and gradients by input."""
     leaves = leaves_of(op, inputs)
     outs = outputs(op_function, inputs)
-    results = {f"output {i}": out.detach() for i, out in enumerate(outs)}
+    results = {f"output {i}": as_bytes(out.detach()) for i, out in enumerate(outs)}
     if leaves:
         upstream = upstream_of(outs) if upstream is None else upstream
         grads = torch.autograd.grad(floating(outs), list(leaves.values()), upstream)
@@ -84,7 +85,15 @@ def judge(
         if value.is_floating_point():
             assert_close(value, exact[name], plain[name], f"{op} {name}")
         else:
-            assert torch.equal(value, plain[name]), f"{op} {name}"
+            assert_same_codes(value, plain[name], f"{op} {name}")
+
+
+def assert_same_codes(got: Tensor, plain: Tensor, name: str) -> None:
+    """Integers are the same; of codes of 8 bits few may be the next one, where a rounding before them decides."""
+    assert (got.shape, got.dtype) == (plain.shape, plain.dtype), name
+    off = (got.long() - plain.long()).abs()
+    is_codes = got.dtype in (torch.int8, torch.uint8)
+    assert off.sum() <= is_codes * (1 + 0.002 * off.numel()), f"{name}: {int((off > 0).sum())} of {off.numel()} differ"
 
 
 # So few values may all be rounded luckily, though each is a sum over everything.

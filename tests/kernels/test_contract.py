@@ -272,6 +272,24 @@ def as_int(name: str):
     return lambda inputs: {name: inputs[name].int()}
 
 
+def with_scales(dtype: torch.dtype | None = torch.int8, n_heads: int | None = None, **changes):
+    """Pages as codes of this dtype, or as they are, and scales of so many heads."""
+
+    def changed(inputs: dict) -> dict[str, Tensor]:
+        pages = {name: inputs[name] for name in ("k_pages", "v_pages")}
+        scales = {f"{name[0]}_scales": x[..., 0].float()[..., :n_heads] for name, x in pages.items()}
+        return {name: x.to(dtype or x.dtype) for name, x in pages.items()} | scales | changes
+
+    return changed
+
+
+CODES_REFUSED = [
+    (lambda inputs: {name: inputs[name].to(torch.int8) for name in ("k_pages", "v_pages")}, "int8"),
+    (with_scales(v_scales=None), "k_scales and v_scales belong together"),
+    (with_scales(dtype=None), "both int8 or both float8_e4m3fn, got torch.float32"),
+    (with_scales(dtype=torch.float8_e5m2), "both float8_e4m3fn, got torch.float8_e5m2"),
+    (with_scales(n_heads=1), r"k_scales must be a floating-point tensor .*1\)$"),
+]
 REFUSED = {
     "rmsnorm": [(half("weight"), r"\(60,\), got \(30,\)"), (as_int("x"), "int32"), (lambda _: {"eps": -1.0}, "-1.0")],
     "qk_norm_rope": [
@@ -316,6 +334,7 @@ REFUSED = {
         (lambda inputs: {"q": inputs["q"].repeat(1, 18, 1, 1)}, "18 new tokens do not fit a cache of 17"),
     ],
     "attention_decode_paged": [
+        *CODES_REFUSED,
         (half("v_pages"), "page, Hkv, D"),
         (lambda inputs: {"block_table": inputs["block_table"].float()}, "block_table .*float32"),
         (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
@@ -390,6 +409,7 @@ REFUSED = {
         ),
     ],
     "qk_norm_rope_append_paged": [
+        *CODES_REFUSED,
         (half("v"), "v must be"),
         (half("k_pages"), "pages must be"),
         (half("cos"), "cos and sin"),
@@ -438,6 +458,7 @@ REFUSED = {
         (lambda inputs: {"is_stop": inputs["ids"]}, "bool tensor"),
     ],
     "attention_step_paged": [
+        *CODES_REFUSED,
         (half("v"), "v must be"),
         (half("v_pages"), "pages must be"),
         (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
