@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from kernels_torch.checks import check_devices, holds_integers
+from kernels_torch.masters import check_masters, of_masters
 
 # Logits of one chunk: few enough for a CPU's cache (measured fastest on one), enough to fill a GPU (128 MiB in fp32).
 CHUNK_LOGITS = {"cpu": 1 << 18, "cuda": 1 << 25}
@@ -27,6 +28,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
+    master: Tensor | None = None,
 ) -> Tensor:
     """Cross entropy of the logits x Wᵀ, each token's loss times its weight.
 
@@ -40,6 +42,7 @@ def linear_cross_entropy(
     softcap        bound on the logits; None: none
     reduction      "mean": Σ w · nll / number of targets that are not ignored (0 when there are none, never NaN);
                    "sum": Σ w · nll;  "none": [N] w · nll, 0 where ignored
+    master         what `weight` is a rounding of: it gets the gradient, in its dtype. None: weight does
     → fp32 (fp64 for fp64 input), a scalar or [N]; gradients for x, weight and token_weights
 
     Raises ValueError for shapes, dtypes or options that do not fit together. A target outside the vocabulary is
@@ -47,6 +50,9 @@ def linear_cross_entropy(
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     check_linear_cross_entropy(x, weight, targets, token_weights, vocab_size, softcap, reduction)
+    masters = None if master is None else (master,)
+    check_masters((weight,), masters)
+    (weight,) = of_masters((weight,), masters)
     counted = targets != ignore_index
     nll = _LinearCrossEntropy.apply(x, weight, torch.where(counted, targets, 0).long(), counted, vocab_size, softcap)
     loss = nll if token_weights is None else nll * torch.where(counted, token_weights, 0).to(nll.dtype)

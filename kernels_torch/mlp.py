@@ -1,38 +1,49 @@
 """The feed-forward half of a block: up, activation, down. Weights are [out, in] as in nn.Linear, and have no biases."""
 
+from collections.abc import Sequence
+
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels_torch.checks import check_devices
+from kernels_torch.masters import check_masters, of_masters
 
 
-def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, *, masters: Sequence[Tensor] | None = None) -> Tensor:
     """relu(x W_upᵀ)² W_downᵀ
 
     x         [..., D]
     w_up      [F, D], the dtype of x
     w_down    [D, F]
+    masters   what the weights are roundings of, in this order: they get the gradients, in their dtype. None: nothing
     → [..., D]
 
     Raises ValueError for shapes or dtypes that do not fit together.
     Source: Primer, https://arxiv.org/abs/2109.08668.
     """
     check_mlp(x, (w_up,), w_down)
+    check_masters((w_up, w_down), masters)
+    w_up, w_down = of_masters((w_up, w_down), masters)
     return F.linear(F.relu(F.linear(x, w_up)).square(), w_down)
 
 
-def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def swiglu_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, masters: Sequence[Tensor] | None = None
+) -> Tensor:
     """(silu(x W_gateᵀ) · x W_upᵀ) W_downᵀ,   silu(z) = z · sigmoid(z)
 
     x             [..., D]
     w_gate, w_up  [F, D], the dtype of x
     w_down        [D, F]
+    masters       as in relu2_mlp
     → [..., D]
 
     Raises ValueError for shapes or dtypes that do not fit together.
     Source: https://arxiv.org/abs/2002.05202.
     """
     check_mlp(x, (w_gate, w_up), w_down)
+    check_masters((w_gate, w_up, w_down), masters)
+    w_gate, w_up, w_down = of_masters((w_gate, w_up, w_down), masters)
     return F.linear(F.silu(F.linear(x, w_gate)) * F.linear(x, w_up), w_down)
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from kernels_torch.embedding import check_embedding
+from kernels_torch.masters import take_gradient
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import Tile, block_of, ceil_div, check_gpu, launch
 from kernels_triton.rows import stride_of, values_side_by_side
@@ -127,10 +128,11 @@ def _chunks_kernel(
 @triton.jit
 def _table_bwd_kernel(
     d, order, bounds, chunks, table, sigma, dots, dtable, stride_n, stride_h, stride_tv, stride_td, N, V,
-    H: tl.constexpr, D: tl.constexpr, gate_range: tl.constexpr, L: tl.constexpr,
+    H: tl.constexpr, D: tl.constexpr, gate_range: tl.constexpr, L: tl.constexpr, ADD: tl.constexpr,
     BT: tl.constexpr, BH: tl.constexpr, BD: tl.constexpr,
 ):
-    """A row of dtable: the sum of its whole chunks and of its entries before and behind them."""
+    """A row of dtable: the sum of its whole chunks and of its entries before and behind them. With ADD that is added to what
+    the row has, and nothing happens to rows that no token names."""
     i_v, i_d = tl.program_id(0).to(tl.int64), tl.program_id(2).to(tl.int64)
     o_h = tl.program_id(1).to(tl.int64) * BH + tl.arange(0, BH)
     o_ch = tl.program_id(1).to(tl.int64) * BH + tl.arange(0, BH * BD) // BD
@@ -158,7 +160,11 @@ def _table_bwd_kernel(
             o_l = i_l + tl.arange(0, BT)
             p_l = chunks + o_l[:, None] * (H * D) + o_c[None, :]
             b_sum += tl.sum(tl.load(p_l, mask=(o_l < last)[:, None] & m[None, :], other=0.0), 0)
-        tl.store(dtable + i_v * H * D + o_c, (gate_range * b_sum).to(dtable.dtype.element_ty), mask=m)
+        b_sum *= gate_range
+        if ADD:
+            m &= o_c < tl.where(begin < end, H * D, 0)
+            b_sum += tl.load(dtable + i_v * H * D + o_c, mask=m, other=0.0).to(b_sum.dtype)
+        tl.store(dtable + i_v * H * D + o_c, b_sum.to(dtable.dtype.element_ty), mask=m)
 
 
 def _embedding_fwd(tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
@@ -184,17 +190,20 @@ def heads_and_columns(H: int, D: int, tile: Tile) -> tuple[int, int, int]:
 
 def _table_bwd(
     d: Tensor, tokens: Tensor, V: int, dtype: torch.dtype | None, table: Tensor | None, sigma: Tensor | None,
-    gate_range: float, wide: torch.dtype,
+    gate_range: float, wide: torch.dtype, total: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """d [N, H, D], tokens [N], table [V, H · D], σ [N, H] → dtable [V, H · D] and d · e [C, N, H] for C blocks of columns.
 
-    The first in `dtype`, or None without; the second where the table is given. Both are summed in `wide`.
+    The first in `dtype`, or None without, or `total` and it added to that; the second where the table is given. Both are
+    summed in `wide`.
     """
     N, H, D = d.shape
     tile = ENTRIES if sigma is None else GATED_ENTRIES
     BH, BD, warps = heads_and_columns(H, D, tile)
     blocks = (ceil_div(H, BH), ceil_div(D, BD))
-    dtable = None if dtype is None else torch.empty((V, H * D), dtype=dtype, device=d.device)
+    dtable = total
+    if total is None and dtype is not None:
+        dtable = torch.empty((V, H * D), dtype=dtype, device=d.device)
     dots = None if table is None else torch.empty((blocks[1], N, H), dtype=wide, device=d.device)
     if V * H * D == 0:
         return dtable, dots
@@ -211,7 +220,8 @@ def _table_bwd(
     if N > 0:
         bits = 2**16 - 1 if short else -1
         launch(_chunks_kernel, (n_chunks, *blocks), **inputs, sorted_tokens=sorted_tokens, BITS=bits, BT=CHUNKS.BT)
-    launch(_table_bwd_kernel, (V, *blocks), **inputs, dtable=dtable, gate_range=gate_range, BT=tile.BT)
+    add = total is not None
+    launch(_table_bwd_kernel, (V, *blocks), **inputs, dtable=dtable, gate_range=gate_range, ADD=add, BT=tile.BT)
     return dtable, dots
 
 
@@ -227,7 +237,7 @@ class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, tokens: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.rows, ctx.dtype = table.shape[0], table.dtype
+        ctx.owner = table
         return _embedding_fwd(tokens.reshape(-1), table, dtype).view(*tokens.shape, table.shape[1])
 
     @staticmethod
@@ -235,8 +245,9 @@ class _Embedding(torch.autograd.Function):
     def backward(ctx: FunctionCtx, d: Tensor) -> tuple[None, Tensor | None, None]:
         (tokens,) = ctx.saved_tensors
         rows = values_side_by_side(d.reshape(tokens.numel(), 1, d.shape[-1]))
-        wide = torch.promote_types(ctx.dtype, torch.float32)
-        dtable, _ = _table_bwd(rows, tokens.reshape(-1), ctx.rows, ctx.dtype, None, None, 1.0, wide)
+        owner, total = ctx.owner, take_gradient(ctx.owner)
+        wide = torch.promote_types(owner.dtype, torch.float32)
+        dtable, _ = _table_bwd(rows, tokens.reshape(-1), len(owner), owner.dtype, None, None, 1.0, wide, total)
         return None, dtable, None
 
 

@@ -35,6 +35,7 @@ from torch.autograd.function import FunctionCtx
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_torch.linear_cross_entropy import check_linear_cross_entropy
+from kernels_torch.masters import add_product, check_masters, take_gradient, values_and_owners
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.primitives import tanh
 
@@ -206,8 +207,9 @@ def _softmax_kernel(
 @triton.jit
 def _times_kernel(
     x, rows, factor, y, T,
-    D: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    D: tl.constexpr, ADD: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
+    """y = x · rows · factor; with ADD, y + that."""
     i_t, i_d = tl.program_id(0).to(tl.int64), tl.program_id(1)
     o_t, o_d = i_t * BT + tl.arange(0, BT), i_d * BD + tl.arange(0, BD)
     m = (o_t < T)[:, None] & (o_d < D)[None, :]
@@ -217,7 +219,10 @@ def _times_kernel(
     if rows is not None:
         b_f = (tl.load(rows + o_t, mask=o_t < T, other=0.0) * b_f)[:, None]                             # [BT, 1]
     b_x = tl.load(x + o_t[:, None] * D + o_d[None, :], mask=m, other=0.0).to(b_f.dtype)                 # [BT, BD]
-    tl.store(y + o_t[:, None] * D + o_d[None, :], (b_x * b_f).to(y.dtype.element_ty), mask=m)
+    b_y = b_x * b_f                                                                                     # [BT, BD]
+    if ADD:
+        b_y += tl.load(y + o_t[:, None] * D + o_d[None, :], mask=m, other=0.0).to(b_y.dtype)
+    tl.store(y + o_t[:, None] * D + o_d[None, :], b_y.to(y.dtype.element_ty), mask=m)
 
 
 @torch.library.custom_op("kestrel::linear_cross_entropy", mutates_args=())
@@ -249,7 +254,7 @@ def loss_and_gradients(
         if needs_dx:
             torch.mm(b_z, weight, out=dx[chunk])
         if needs_dw:
-            add_product(dw, b_z, b_xs, first=i == 0)
+            add_product(dw, b_z, b_xs, beta=int(i > 0))
     return nll, scale, dx, dw.zero_() if N == 0 else dw
 
 
@@ -336,28 +341,20 @@ def chunk_rows(N: int, V: int, itemsize: int) -> int:
     return min(rows, max(N, 1))
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total += aᵀ b, summed in the dtype of `total`; the first one overwrites it."""
-    beta = 0 if first else 1
-    if a.dtype == total.dtype:
-        torch.addmm(total, a.mT, b, beta=beta, out=total)
-    elif a.device.type == "cuda":
-        torch.addmm(total, a.mT, b, out_dtype=total.dtype, beta=beta, out=total)
-    else:  # CPUs have no product of one dtype summed in another
-        torch.addmm(total, a.mT.to(total.dtype), b.to(total.dtype), beta=beta, out=total)
-
-
-def times(x: Tensor, rows: Tensor | None, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x [T, D] · rows [T] · factor, rounded once. PyTorch's own product of two dtypes is far from the speed of memory."""
+def times(
+    x: Tensor, rows: Tensor | None, factor: Tensor | None, dtype: torch.dtype, total: Tensor | None = None
+) -> Tensor:
+    """x [T, D] · rows [T] · factor, rounded once, or `total` and that added to it. PyTorch's own product of two dtypes is far
+    from the speed of memory."""
     T, D = x.shape
     if torch.compiler.is_compiling():  # which makes one kernel of it, too
         rows = 1 if rows is None else rows[:, None]
         return (x * (rows if factor is None else rows * factor)).to(dtype)
-    y = torch.empty_like(x, dtype=dtype)
+    y = torch.empty_like(x, dtype=dtype) if total is None else total
     if y.numel() > 0:
         launch(
             _times_kernel, (ceil_div(T, TIMES.BT), ceil_div(D, TIMES.BD)), x=x, rows=rows, factor=factor, y=y, T=T, D=D,
-            BT=TIMES.BT, BD=TIMES.BD, num_warps=TIMES.warps,
+            ADD=total is not None, BT=TIMES.BT, BD=TIMES.BD, num_warps=TIMES.warps,
         )
     return y
 
@@ -366,20 +363,22 @@ class _PerToken(torch.autograd.Function):
     """nll [N]. Backward makes the logits again."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, *options: object) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, owner: Tensor, targets: Tensor, *options: object
+    ) -> Tensor:
         """options: vocab_size, softcap, ignore_index"""
         ctx.save_for_backward(x, weight, targets)
-        ctx.options = options
+        ctx.owner, ctx.options = owner, options
         return loss_and_gradients(x, weight, targets, None, *options, False, False)[0]
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, d_nll: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, targets = ctx.saved_tensors
-        needs_dx, needs_dw = ctx.needs_input_grad[:2]
+        needs_dx, _, needs_dw = ctx.needs_input_grad[:3]
         _, scale, dx, dw = loss_and_gradients(x, weight, targets, d_nll, *ctx.options, needs_dx, needs_dw)
         dx = times(dx, scale, None, x.dtype) if needs_dx else None
-        return dx, dw.to(weight.dtype) if needs_dw else None, None, None, None, None
+        return dx, None, in_owner(dw, None, ctx.owner) if needs_dw else None, None, None, None, None
 
 
 class _Reduced(torch.autograd.Function):
@@ -387,10 +386,10 @@ class _Reduced(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, targets: Tensor, token_weights: Tensor | None, mean: bool,
-        vocab_size: int, softcap: float | None, ignore_index: int,
+        ctx: FunctionCtx, x: Tensor, weight: Tensor, owner: Tensor, targets: Tensor, token_weights: Tensor | None,
+        mean: bool, vocab_size: int, softcap: float | None, ignore_index: int,
     ) -> Tensor:
-        needs_dx, needs_dw, _, needs_d_token_weights = ctx.needs_input_grad[:4]
+        needs_dx, _, needs_dw, _, needs_d_token_weights = ctx.needs_input_grad[:5]
         counted = targets != ignore_index
         w = weights_that_count(token_weights, counted, x.dtype)
         nll, scale, dx, dw = loss_and_gradients(
@@ -398,22 +397,32 @@ class _Reduced(torch.autograd.Function):
         )
         loss, count = (nll if w is None else nll * w).sum(), counted.sum().clamp(min=1) if mean else None
         ctx.save_for_backward(scale, dx, dw, nll if needs_d_token_weights else None, count)
-        ctx.dtypes = x.dtype, weight.dtype, token_weights if token_weights is None else token_weights.dtype
+        ctx.owner, ctx.dtype = owner, x.dtype
+        ctx.weights_dtype = None if token_weights is None else token_weights.dtype
         return loss / count if mean else loss
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, d_loss: Tensor) -> tuple[Tensor | None, ...]:
         scale, dx, dw, nll, count = ctx.saved_tensors
-        needs_dx, needs_dw, _, needs_d_token_weights = ctx.needs_input_grad[:4]
+        needs_dx, _, needs_dw, _, needs_d_token_weights = ctx.needs_input_grad[:5]
         factor = d_loss if count is None else d_loss / count
         return (
-            times(dx, scale, factor, ctx.dtypes[0]) if needs_dx else None,
-            times(dw, None, factor, ctx.dtypes[1]) if needs_dw else None,
+            times(dx, scale, factor, ctx.dtype) if needs_dx else None,
             None,
-            (nll * factor).to(ctx.dtypes[2]) if needs_d_token_weights else None,
+            in_owner(dw, factor, ctx.owner) if needs_dw else None,
+            None,
+            (nll * factor).to(ctx.weights_dtype) if needs_d_token_weights else None,
             None, None, None, None,
         )
+
+
+def in_owner(dw: Tensor, factor: Tensor | None, owner: Tensor) -> Tensor:
+    """dw · factor in the dtype of its owner, perhaps with what that one had before."""
+    total = take_gradient(owner)
+    if factor is None and total is None:
+        return dw.to(owner.dtype)
+    return times(dw, None, factor, owner.dtype, total)
 
 
 def weights_that_count(token_weights: Tensor | None, counted: Tensor, dtype: torch.dtype) -> Tensor | None:
@@ -433,6 +442,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     ignore_index: int = -1,
     reduction: str = "mean",
+    master: Tensor | None = None,
 ) -> Tensor:
     """kernels_torch.linear_cross_entropy, with the gradients made while the logits are there.
 
@@ -440,12 +450,15 @@ def linear_cross_entropy(
     """
     vocab_size = weight.shape[0] if vocab_size is None else vocab_size
     check_linear_cross_entropy(x, weight, targets, token_weights, vocab_size, softcap, reduction)
+    masters = None if master is None else (master,)
+    check_masters((weight,), masters)
     check_gpu(x=x)
     options = (vocab_size, softcap if softcap is None else float(softcap), ignore_index)
-    differentiable = [tensor for tensor in (x, weight, token_weights) if tensor is not None]
+    value, owner = values_and_owners((weight,), masters)
+    differentiable = [tensor for tensor in (x, owner, token_weights) if tensor is not None]
     if reduction != "none" and torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable):
-        return _Reduced.apply(x, weight, targets, token_weights, reduction == "mean", *options)
-    nll, counted = _PerToken.apply(x, weight, targets, *options), targets != ignore_index
+        return _Reduced.apply(x, value, owner, targets, token_weights, reduction == "mean", *options)
+    nll, counted = _PerToken.apply(x, value, owner, targets, *options), targets != ignore_index
     loss = nll if token_weights is None else nll * weights_that_count(token_weights, counted, x.dtype)
     if reduction == "none":
         return loss

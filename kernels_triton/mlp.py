@@ -19,12 +19,15 @@ is cuBLAS and one pass, in place where autograd allows it: over z and over dh, n
 whose products PyTorch does without TF32. Each value of a tile or a pass has one writer, and cuBLAS adds up in one order.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kernels_torch.masters import check_masters, values_and_owners, weight_gradient, weight_gradients
 from kernels_torch.mlp import check_mlp
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.launch import ceil_div, check_gpu, launch, n_processors, next_power_of_two
@@ -167,7 +170,9 @@ class _Relu2MLP(torch.autograd.Function):
     """relu² of the up-projection is all of the hidden layer that is kept, or the up-projection itself in fp16."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, w_up: Tensor, w_down: Tensor, up_owner: Tensor, down_owner: Tensor
+    ) -> Tensor:
         rows = as_rows(x)
         if keeps_z(rows):
             kept = torch.mm(rows, w_up.t())
@@ -177,15 +182,17 @@ class _Relu2MLP(torch.autograd.Function):
         else:
             z = torch.mm(rows, w_up.t())
             kept = a = _relu2(z, z)
-        needs_x, needs_up, _ = ctx.needs_input_grad
+        needs_x, _, _, needs_up, _ = ctx.needs_input_grad
         ctx.save_for_backward(rows if needs_up else None, w_up if needs_x else None, w_down, kept)
+        ctx.owners = up_owner, down_owner
         return torch.mm(a, w_down.t()).view(x.shape)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, w_up, w_down, kept = ctx.saved_tensors
-        needs_x, needs_up, needs_down = ctx.needs_input_grad
+        up_owner, down_owner = ctx.owners
+        needs_x, _, _, needs_up, needs_down = ctx.needs_input_grad
         d_rows = as_rows(dy)
         of_z = keeps_z(d_rows)
         dx = dw_up = dw_down = None
@@ -195,10 +202,11 @@ class _Relu2MLP(torch.autograd.Function):
             else:
                 dz = _relu2_grad_(torch.mm(d_rows, w_down), kept, of_z)
             dx = torch.mm(dz, w_up).view(dy.shape) if needs_x else None
-            dw_up = torch.mm(dz.t(), rows) if needs_up else None
+            dw_up = weight_gradient(dz, rows, up_owner) if needs_up else None
         if needs_down:
-            dw_down = torch.mm(d_rows.t(), _relu2(kept, torch.empty_like(kept)) if of_z else kept)
-        return dx, dw_up, dw_down
+            a = _relu2(kept, torch.empty_like(kept)) if of_z else kept
+            dw_down = weight_gradient(d_rows, a, down_owner)
+        return dx, None, None, dw_up, dw_down
 
 
 def keeps_z(x: Tensor) -> bool:
@@ -210,38 +218,45 @@ class _SwiGluMLP(torch.autograd.Function):
     """Gate and up are kept, their product is made again. `keep`: whether there will be a backward pass."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, keep: bool) -> Tensor:
+    def forward(
+        ctx: FunctionCtx, x: Tensor, keep: bool, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *owners: Tensor
+    ) -> Tensor:
         rows = as_rows(x)
         if fuses_swiglu(rows, w_up.shape[0], keep):
             g, u, h = matmul_swiglu(rows, w_gate, w_up, keep)
         else:
             g, u = torch.mm(rows, w_gate.t()), torch.mm(rows, w_up.t())
             h = _swiglu(g, u, torch.empty_like(g) if keep else g)
-        needs_x, needs_gate, needs_up, _, _ = ctx.needs_input_grad
+        needs_x, (needs_gate, needs_up, _) = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         weights = (w_gate, w_up) if needs_x else (None, None)
         if keep:
             ctx.save_for_backward(rows if needs_gate or needs_up else None, *weights, w_down, g, u)
+            ctx.owners = owners
         return torch.mm(h, w_down.t()).view(x.shape)
 
     @staticmethod
     @differentiable_once
     def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
         rows, w_gate, w_up, w_down, g, u = ctx.saved_tensors
-        needs_x, needs_gate, needs_up, needs_down, _ = ctx.needs_input_grad
+        *owners, down_owner = ctx.owners
+        needs_x, (needs_gate, needs_up, needs_down) = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         d_rows, F = as_rows(dy), g.shape[1]
-        dx = dw_gate = dw_up = None
+        dx = dw_gate = dw_up = dw_down = None
         if needs_x or needs_gate or needs_up:
             dz, h = _swiglu_grad(torch.mm(d_rows, w_down), g, u, keep=needs_down)
             if needs_x:
                 dx = torch.mm(dz, torch.cat((w_gate, w_up))).view(dy.shape)
             if needs_gate and needs_up:
-                dw_gate, dw_up = torch.mm(dz.t(), rows).split(F)
-            elif needs_gate or needs_up:
-                dw = torch.mm((dz[:, :F] if needs_gate else dz[:, F:]).t(), rows)
-                dw_gate, dw_up = (dw, None) if needs_gate else (None, dw)
+                dw_gate, dw_up = weight_gradients(dz, rows, owners)
+            elif needs_gate:
+                dw_gate = weight_gradient(dz[:, :F], rows, owners[0])
+            elif needs_up:
+                dw_up = weight_gradient(dz[:, F:], rows, owners[1])
         else:
             h = _swiglu(g, u, torch.empty_like(g))
-        return dx, dw_gate, dw_up, torch.mm(d_rows.t(), h) if needs_down else None, None
+        if needs_down:
+            dw_down = weight_gradient(d_rows, h, down_owner)
+        return dx, None, None, None, None, dw_gate, dw_up, dw_down
 
 
 def as_rows(x: Tensor) -> Tensor:
@@ -249,16 +264,21 @@ def as_rows(x: Tensor) -> Tensor:
     return x.reshape(x.shape[:-1].numel(), x.shape[-1])
 
 
-def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, *, masters: Sequence[Tensor] | None = None) -> Tensor:
     """kernels_torch.relu2_mlp, keeping relu² alone for backward. Arguments: see kernels_torch.relu2_mlp."""
     check_mlp(x, (w_up,), w_down)
+    check_masters((w_up, w_down), masters)
     check_gpu(x=x)
-    return _Relu2MLP.apply(x, w_up, w_down)
+    return _Relu2MLP.apply(x, *values_and_owners((w_up, w_down), masters))
 
 
-def swiglu_mlp(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor) -> Tensor:
+def swiglu_mlp(
+    x: Tensor, w_gate: Tensor, w_up: Tensor, w_down: Tensor, *, masters: Sequence[Tensor] | None = None
+) -> Tensor:
     """kernels_torch.swiglu_mlp, keeping gate and up for backward. Arguments: see kernels_torch.swiglu_mlp."""
     check_mlp(x, (w_gate, w_up), w_down)
+    check_masters((w_gate, w_up, w_down), masters)
     check_gpu(x=x)
-    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, w_gate, w_up, w_down))
-    return _SwiGluMLP.apply(x, w_gate, w_up, w_down, keep)
+    weights = values_and_owners((w_gate, w_up, w_down), masters)
+    keep = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *weights))
+    return _SwiGluMLP.apply(x, keep, *weights)

@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from kernels_torch.masters import take_gradient
 from kernels_torch.value_embedding import check_value_embedding
 from kernels_triton.autograd import differentiable_once
 from kernels_triton.embedding import _table_bwd, heads_and_columns, refuse_tokens_outside
@@ -171,7 +172,7 @@ class _ValueEmbedding(torch.autograd.Function):
         gate_rows = gate_input.reshape(B * T, gate_input.shape[2])
         y, sigma = _value_embedding_fwd(values, tokens.reshape(-1), table, gate_rows, gate_weight, gate_range)
         ctx.save_for_backward(tokens, table, gate_input, gate_weight, sigma)
-        ctx.gate_range = gate_range
+        ctx.gate_range, ctx.owner = gate_range, table
         return y.view(v.shape)
 
     @staticmethod
@@ -183,9 +184,10 @@ class _ValueEmbedding(torch.autograd.Function):
         if needs_dtable or needs_dinput or needs_dweight:
             B, T, H, D = d.shape
             ids, rows = tokens.reshape(-1), gate_input.reshape(B * T, gate_input.shape[2])
+            total = take_gradient(ctx.owner) if needs_dtable else None
             dtable, dots = _table_bwd(
                 values_side_by_side(d.reshape(B * T, H, D)), ids, table.shape[0], table.dtype if needs_dtable else None,
-                table if needs_dinput or needs_dweight else None, sigma, ctx.gate_range, sigma.dtype,
+                table if needs_dinput or needs_dweight else None, sigma, ctx.gate_range, sigma.dtype, total,
             )
             if dots is not None:
                 dinput, dweight = _gate_bwd(

@@ -140,14 +140,16 @@ class LanguageModel(nn.Module):
         x = self.trunk(tokens, doc_ids=doc_ids)
         if targets is None:
             return self.logits(x)
+        weight, master = self.head_layer.with_master(x.dtype)
         loss = self.ops.linear_cross_entropy(
             x.flatten(0, 1),
-            self.head_layer.weight_in(x.dtype),
+            weight,
             targets.flatten(),
             token_weights=None if token_weights is None else token_weights.flatten(),
             vocab_size=self.vocab_size,
             softcap=self.softcap,
             reduction=reduction,
+            master=master,
         )
         return loss.view_as(targets) if reduction == "none" else loss
 

@@ -3,7 +3,8 @@
 This replaces autocast. The optimizer always sees fp32; the product runs in the dtype of its input; nothing decides in
 between. Without more, a weight is cast wherever it is used. While a model is trained in bf16 each has a copy in that
 dtype beside it (`LanguageModel.keep_copies`), which the optimizer writes together with the master: same numbers, no
-cast. There are no biases anywhere in this project.
+cast. Gradients are made in fp32, for the master (kernels_torch/masters.py). There are no biases anywhere in this
+project.
 """
 
 from typing import TYPE_CHECKING
@@ -13,23 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from kernels_torch.masters import of_masters, values_and_owners, weight_gradient
 from kernels_torch.quantised_weight import CODES, dequantise
 from model.ops import Ops
 
 if TYPE_CHECKING:
     from model.layers.fp8 import Fp8Layers
-
-
-class _Copy(torch.autograd.Function):
-    """A rounded copy in its master's place: what the copy's gradient is, is the master's."""
-
-    @staticmethod
-    def forward(ctx: FunctionCtx, master: Tensor, copy: Tensor) -> Tensor:
-        return copy.view_as(copy)
-
-    @staticmethod
-    def backward(ctx: FunctionCtx, d: Tensor) -> tuple[Tensor, None]:
-        return d, None  # autograd casts it to the master's dtype, as it does behind a cast
 
 
 class Master(nn.Module):
@@ -48,11 +38,19 @@ class Master(nn.Module):
 
     def weight_in(self, dtype: torch.dtype) -> Tensor:
         """The weight in `dtype`: the copy where there is one in it, else cast, or made of the codes, here and now."""
-        if self.codes is not None:
-            return dequantise(self.codes, self.scales, self.weight.shape[1], dtype)
-        if self.copy is None or self.copy.dtype != dtype:
+        if self.codes is None and (self.copy is None or self.copy.dtype != dtype):
             return self.weight.to(dtype)
-        return _Copy.apply(self.weight, self.copy) if torch.is_grad_enabled() else self.copy
+        value, master = self.with_master(dtype)
+        return of_masters([value], [master])[0] if torch.is_grad_enabled() else value
+
+    def with_master(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The weight in `dtype`, without a way back, and what its gradient belongs to."""
+        if self.codes is not None:
+            value = dequantise(self.codes, self.scales, self.weight.shape[1], dtype)
+            return value, value
+        if self.copy is None or self.copy.dtype != dtype:
+            return self.weight.detach().to(dtype), self.weight
+        return self.copy, self.weight
 
     def keep_copy(self, dtype: torch.dtype) -> None:
         """From now on have a copy; whoever changes the weight must change it, too."""
@@ -84,14 +82,17 @@ class Linear(Master):
         super().__init__(n_out, n_in)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fp8 is not None and torch.is_grad_enabled():
-            _, y = self.fp8.products(x)
-            return y
-        return F.linear(x, self.weight_in(x.dtype))
+        return products(x, self)[1]
 
     def decode(self, ops: Ops, x: Tensor, **options: object) -> Tensor:
         """The product of few rows, with what ops.linear_decode can do before and after it."""
         return ops.linear_decode(x, *self.operands(x.dtype), **options)
+
+
+def with_masters(dtype: torch.dtype, *layers: Master) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """The weights of all layers in `dtype`, and what their gradients belong to."""
+    weights, masters = zip(*(layer.with_master(dtype) for layer in layers))
+    return weights, masters
 
 
 class _Products(torch.autograd.Function):
@@ -102,20 +103,26 @@ class _Products(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, x: Tensor, n_first: int, *weights: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: FunctionCtx, x: Tensor, n_first: int, *both: Tensor) -> tuple[Tensor | None, ...]:
+        """both: the weights, and then the owners of their gradients"""
+        weights, ctx.owners = both[: len(both) // 2], both[len(both) // 2 :]
         ctx.save_for_backward(x, *weights)
         ctx.set_materialize_grads(False)
-        return x[..., :n_first].contiguous(), *(F.linear(x, weight) for weight in weights)
+        first = x[..., :n_first].contiguous() if n_first > 0 else None
+        return first, *(F.linear(x, weight) for weight in weights)
 
     @staticmethod
     def backward(ctx: FunctionCtx, d_first: Tensor | None, *ds: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
-        needs_dx, _, *needs_dw = ctx.needs_input_grad
+        needs_dx, needs_dw = ctx.needs_input_grad[0], ctx.needs_input_grad[2 + len(weights) :]
         twice = torch.is_grad_enabled()  # this is differentiated again, so nothing in place
         rows, dx, dws = x.flatten(0, -2), None, []
-        for d, weight, needed in zip(ds, weights, needs_dw, strict=True):
+        for d, weight, owner, needed in zip(ds, weights, ctx.owners, needs_dw, strict=True):
             d = None if d is None else d.flatten(0, -2)
-            dws.append(d.t() @ rows if needed and d is not None else None)
+            if needed and d is not None:
+                dws.append(d.t() @ rows if twice else weight_gradient(d, rows, owner))
+            else:
+                dws.append(None)
             if needs_dx and d is not None:
                 dx = d @ weight if dx is None else dx.addmm(d, weight) if twice else dx.addmm_(d, weight)
         if needs_dx and d_first is not None:
@@ -125,18 +132,18 @@ class _Products(torch.autograd.Function):
                 dx = F.pad(first, (0, rows.shape[1] - n)) + (0 if dx is None else dx)
             else:
                 dx[:, :n] += first
-        return None if dx is None else dx.view_as(x), None, *dws
+        return None if dx is None else dx.view_as(x), None, *(None for _ in weights), *dws
 
 
-def products(x: Tensor, *layers: "Linear", n_first: int = 0) -> list[Tensor]:
-    """What each layer makes of x, and before them the first channels of x."""
+def products(x: Tensor, *layers: "Linear", n_first: int = 0) -> list[Tensor | None]:
+    """What each layer makes of x, and before them the first channels of x if some are wanted."""
     fp8 = layers[0].fp8
     if fp8 is not None and torch.is_grad_enabled():
         return list(fp8.products(x, n_first))
-    weights = [layer.weight_in(x.dtype) for layer in layers]
+    weights, masters = with_masters(x.dtype, *layers)
     if torch.is_grad_enabled():
-        return list(_Products.apply(x, n_first, *weights))
-    return [x[..., :n_first], *(F.linear(x, weight) for weight in weights)]
+        return list(_Products.apply(x, n_first, *values_and_owners(weights, masters)))
+    return [x[..., :n_first] if n_first > 0 else None, *(F.linear(x, weight) for weight in weights)]
 
 
 Operands = tuple[Tensor, Tensor | None]  # of ops.linear_decode: a weight, or its codes and their scales

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers.linear import Linear, Operands, side_by_side
+from model.layers.linear import Linear, Operands, side_by_side, with_masters
 from model.layers.norm import RMSNorm
 from model.ops import Ops
 
@@ -24,7 +24,8 @@ class ReluSquaredMLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.c_fc.fp8 is not None and torch.is_grad_enabled():
             return self.c_fc.fp8.relu2_mlp(x, self.c_proj.fp8)
-        return self.ops.relu2_mlp(x, self.c_fc.weight_in(x.dtype), self.c_proj.weight_in(x.dtype))
+        weights, masters = with_masters(x.dtype, self.c_fc, self.c_proj)
+        return self.ops.relu2_mlp(x, *weights, masters=masters)
 
     def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x + mlp(norm(x)) of few tokens, in two launches."""
@@ -48,8 +49,8 @@ class SwiGluMLP(nn.Module):
         self.gate_up = side_by_side(self.c_gate, self.c_up)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up, down = (layer.weight_in(x.dtype) for layer in (self.c_gate, self.c_up, self.c_proj))
-        return self.ops.swiglu_mlp(x, gate, up, down)
+        weights, masters = with_masters(x.dtype, self.c_gate, self.c_up, self.c_proj)
+        return self.ops.swiglu_mlp(x, *weights, masters=masters)
 
     def decode(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """x + mlp(norm(x)) of few tokens, in two launches."""

@@ -343,9 +343,20 @@ REFUSED = {
         (lambda _: {"window": -2}, "-2"),
         (lambda inputs: {"q": inputs["q"].repeat(1, 25, 1, 1)}, "25 new tokens do not fit a cache of 24"),
     ],
-    "relu2_mlp": [(half("w_up"), r"\(20, 6\)"), (half("x"), "w_down"), (as_int("w_down"), "int32")],
-    "swiglu_mlp": [(half("w_gate"), r"\(20, 6\)"), (half("x"), "w_down"), (as_int("w_up"), "int32")],
+    "relu2_mlp": [
+        (half("w_up"), r"\(20, 6\)"),
+        (half("x"), "w_down"),
+        (as_int("w_down"), "int32"),
+        (lambda inputs: {"masters": [inputs["w_up"]]}, r"masters must be .*, got torch.float32 \("),
+    ],
+    "swiglu_mlp": [
+        (half("w_gate"), r"\(20, 6\)"),
+        (half("x"), "w_down"),
+        (as_int("w_up"), "int32"),
+        (lambda inputs: {"masters": [inputs[name].int() for name in ("w_gate", "w_up", "w_down")]}, "got torch.int32"),
+    ],
     "linear_cross_entropy": [
+        (lambda inputs: {"master": inputs["x"]}, "masters must be floating point"),
         (half("x"), r"\(7, 6\)"),
         (half("targets"), r"\(3,\)"),
         (lambda inputs: {"token_weights": inputs["x"][:2, 0]}, r"\(2,\)"),
