@@ -103,6 +103,7 @@ def train(run: RunConfig, directory: RunDirectory, ops: Ops, device: Device) -> 
             step, schedule, batches, horizon, state, run.stage, cadence, reporter, device, profile
         )  # fmt: skip
     finally:
+        step.close()
         batches.close()
         reporter.close()
     if device.is_main:
@@ -265,7 +266,7 @@ def new_step(
     )
     if not device.cuda_graph:
         return Step(forward, optimizer, **options)
-    return CapturedStep(forward, optimizer, capture=CudaGraphs(), capture_update=device.world_size == 1, **options)
+    return CapturedStep(forward, optimizer, capture=CudaGraphs(), messages=not device.local_graphs, **options)
 
 
 def compile_step(

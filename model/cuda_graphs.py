@@ -19,9 +19,11 @@ class CudaGraphs:
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         graph = torch.cuda.CUDAGraph()
+        self.graphs.append(graph)
         try:
             # thread_local: the thread that makes batches may allocate and copy meanwhile
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -34,6 +36,12 @@ class CudaGraphs:
                 f"this step cannot be captured as a CUDA graph ({reason}): take hardware.cuda_graph=false"
             ) from error
         return graph.replay
+
+    def release(self) -> None:
+        """Give up all graphs: NCCL does not leave its group as long as a graph has messages in it."""
+        for graph in self.graphs:
+            graph.reset()
+        self.graphs.clear()
 
 
 class Unchanged:

@@ -32,7 +32,7 @@ class HardwareConfig:
     device_batch_size: int = -1  # rows per micro-batch; -1: as many as fit and divide the batch
     fp8: bool = False  # train with 8-bit products
     compile: bool = False
-    cuda_graph: str = "auto"  # auto | true | false
+    cuda_graph: str = "auto"  # auto | true | local (without messages between GPUs) | false
     reduce_dtype: str = "float32"  # in what gradients travel between ranks: float32 | bfloat16
     recompute: list[str] = field(default_factory=list)  # "block", or names of ops
     profile: bool = False
@@ -54,8 +54,8 @@ class HardwareConfig:
                 "in 8 bits: take hardware.recompute=[block], or none"
             )
         self.cuda_graph = self.cuda_graph.lower()  # YAML's true arrives as True
-        if self.cuda_graph not in ("auto", "true", "false"):
-            raise KestrelError(f"hardware.cuda_graph must be auto, true or false, got {self.cuda_graph!r}")
+        if self.cuda_graph not in ("auto", "true", "local", "false"):
+            raise KestrelError(f"hardware.cuda_graph must be auto, true, local or false, got {self.cuda_graph!r}")
         if self.reduce_dtype not in ("float32", "bfloat16"):
             raise KestrelError(f"hardware.reduce_dtype must be float32 or bfloat16, got {self.reduce_dtype!r}")
         if self.device_batch_size != -1 and self.device_batch_size < 1:
@@ -76,6 +76,7 @@ class Device:
     local_rank: int = 0
     world_size: int = 1
     cuda_graph: bool = False  # whether training steps are captured
+    local_graphs: bool = False  # without what ranks exchange
 
     @property
     def is_main(self) -> bool:
@@ -86,6 +87,8 @@ class Device:
         name = f" ({torch.cuda.get_device_name(self.device)})" if self.device.type == "cuda" else ""
         ranks = f"{self.world_size} rank{'s' if self.world_size > 1 else ''}"
         graphs = ", steps in CUDA graphs" if self.cuda_graph else ""
+        if self.cuda_graph and self.world_size > 1:
+            graphs += " but for messages between ranks" if self.local_graphs else " with messages between ranks"
         return f"{self.device}{name}, {str(self.dtype).removeprefix('torch.')}, {ranks}{graphs}"
 
     @property
@@ -130,7 +133,8 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
         backend = "nccl" if device.type == "cuda" else "gloo"
         device_id = device if device.type == "cuda" else None
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s), device_id=device_id)
-    return Device(device, dtype, rank, local_rank, world_size, cuda_graph)
+    local_graphs = cuda_graph and hardware.cuda_graph == "local"
+    return Device(device, dtype, rank, local_rank, world_size, cuda_graph, local_graphs)
 
 
 def read_ranks(environment: Mapping[str, str]) -> tuple[int, int, int]:
@@ -205,23 +209,23 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: torch.dtype, world_size: int = 1) -> bool:
-    """auto: where there is one GPU, unless its dtype, torch.compile or Triton's interpreter speak against it.
-
-    With several, gradients leave while the backward pass runs, which a graph of this rank's own work does not do.
-    """
+    """auto: where there is one GPU, unless its dtype, torch.compile or Triton's interpreter speak against it."""
     is_gpu, is_fp16 = device.type == "cuda", dtype == torch.float16
-    if hardware.cuda_graph == "auto":
+    wanted = hardware.cuda_graph
+    if wanted == "auto":
         return is_gpu and world_size == 1 and not is_fp16 and not hardware.compile and not is_interpreted()
-    if hardware.cuda_graph == "true" and not is_gpu:
+    if wanted == "false":
+        return False
+    if not is_gpu:
         raise KestrelError(
-            f"hardware.cuda_graph=true needs an NVIDIA GPU, but the device is {device}; leave it at auto"
+            f"hardware.cuda_graph={wanted} needs an NVIDIA GPU, but the device is {device}; leave it at auto"
         )
-    if hardware.cuda_graph == "true" and is_fp16:
+    if is_fp16:
         raise KestrelError(
-            "hardware.cuda_graph=true does not go with float16, whose loss scale changes on the way: "
+            f"hardware.cuda_graph={wanted} does not go with float16, whose loss scale changes on the way: "
             "use hardware.dtype=bfloat16, or leave it at auto"
         )
-    return hardware.cuda_graph == "true"
+    return True
 
 
 def require_fp8(device: torch.device, dtype: torch.dtype) -> None:

@@ -3,12 +3,16 @@
 It is as strict as the real one. Capturing runs nothing: what was overwritten meanwhile is put back. Replaying calls no
 Python of the function: the recorded operations read and write the same memory with the same plain numbers as when they
 were recorded. A value that the host asks for while it captures is an error.
+
+What ranks exchange is recorded, too, as NCCL's messages are in a CUDA graph: each is done again at its place.
 """
 
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import _create_work_from_future
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
@@ -29,15 +33,28 @@ class Recorder(TorchDispatchMode):
             raise RuntimeError(f"operation not permitted when stream is capturing: {func}")
         for tensor in written(func, args, kwargs):
             self.before.append((tensor, tensor.clone()))
-        out = func(*args, **kwargs)
+        out = run(func, args, kwargs)
         self.calls.append((func, args, kwargs, out))
         return out
+
+
+def run(func, args: tuple, kwargs: dict):
+    """A message is there when this returns: gloo copies some only when it is waited for, which nobody must record."""
+    out = func(*args, **kwargs)
+    if not is_message(func):
+        return out
+    dist.Work.unbox(out[-1]).wait()
+    arrived = torch.futures.Future()
+    arrived.set_result(None)
+    return out[0], _create_work_from_future(arrived).boxed()
 
 
 def written(func, args: tuple, kwargs: dict) -> list[Tensor]:
     """The tensors that an operation writes to, by its schema."""
     values = dict(zip((a.name for a in func._schema.arguments), args)) | kwargs
     names = [a.name for a in func._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    if is_message(func):  # of which the schema does not say so
+        names = [func._schema.arguments[0].name]
     return [x for name in names for x in tree_flatten(values.get(name))[0] if isinstance(x, Tensor)]
 
 
@@ -47,6 +64,8 @@ class RecordedGraphs:
     def __init__(self) -> None:
         self.captured = 0
         self.replayed = 0
+        self.released = False
+        self.operations: list[list[tuple]] = []  # of each graph: (name, shape of its first result)
 
     def __call__(self, function: Callable[[], None]) -> Callable[[], None]:
         self.captured += 1
@@ -56,18 +75,32 @@ class RecordedGraphs:
             with torch.no_grad():
                 tensor.detach().copy_(value)
         calls = [call for call in recorder.calls if not is_view(call[0])]
+        self.operations.append([(str(func), shape_of(out)) for func, _, _, out in calls])
 
         def replay() -> None:
             self.replayed += 1
             with torch.no_grad():
                 for func, args, kwargs, out in calls:
-                    results = func(*args, **kwargs)
-                    if not func._schema.is_mutable:
+                    results = run(func, args, kwargs)
+                    if not is_message(func) and not func._schema.is_mutable:
                         for old, new in zip(tree_flatten(out)[0], tree_flatten(results)[0]):
                             if isinstance(old, Tensor):
                                 old.detach().copy_(new)
 
         return replay
+
+    def release(self) -> None:
+        self.released = True
+
+
+def shape_of(out: object) -> tuple | None:
+    tensors = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+    return tuple(tensors[0].shape) if tensors else None
+
+
+def is_message(func) -> bool:
+    """Whether other ranks take part."""
+    return func.namespace == "c10d"
 
 
 def is_view(func) -> bool:

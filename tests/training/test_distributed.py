@@ -140,7 +140,9 @@ def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
     assert graphs(GPU)
     assert graphs(GPU, cuda_graph="auto")
     assert not graphs(CPU)
-    assert not graphs(GPU, world_size=2)  # whose gradients leave early
+    assert not graphs(GPU, world_size=2)  # unless it is asked for
+    assert graphs(GPU, cuda_graph="true", world_size=2)
+    assert graphs(GPU, cuda_graph="local", world_size=2)
     assert not graphs(GPU, torch.float16)  # its scale changes on the way
     assert not graphs(GPU, compile=True)  # the baseline that everyone knows
     assert graphs(GPU, compile=True, cuda_graph="true")
@@ -150,11 +152,22 @@ def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
     assert not graphs(GPU)
 
 
+def test_a_run_says_how_its_steps_are_started(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200")
+    say = lambda *given: distributed.Device(GPU, torch.bfloat16, 0, 0, *given).describe()
+    assert say(1, True) == "cuda:0 (NVIDIA H200), bfloat16, 1 rank, steps in CUDA graphs"
+    assert say(2, False) == "cuda:0 (NVIDIA H200), bfloat16, 2 ranks"
+    assert say(2, True).endswith("2 ranks, steps in CUDA graphs with messages between ranks")
+    assert say(2, True, True).endswith("2 ranks, steps in CUDA graphs but for messages between ranks")
+
+
 def test_what_cannot_be_captured_is_refused_in_a_sentence():
     with pytest.raises(
         KestrelError, match=r"^hardware\.cuda_graph=true needs an NVIDIA GPU, but the device is cpu; .*$"
     ):
         graphs(CPU, cuda_graph="true")
+    with pytest.raises(KestrelError, match=r"^hardware\.cuda_graph=local needs an NVIDIA GPU"):
+        graphs(CPU, cuda_graph="local")
     with pytest.raises(KestrelError, match=r"hardware\.cuda_graph=true does not go with float16"):
         graphs(GPU, torch.float16, cuda_graph="True")
 
@@ -182,7 +195,7 @@ def test_fp8_is_refused_where_there_are_no_such_products(no_torchrun, monkeypatc
         ({"device": "gpu"}, r"hardware\.device must be one of auto, cpu, cuda, mps, got 'gpu'"),
         ({"dtype": "bf16"}, r"hardware\.dtype must be one of .*got 'bf16'"),
         ({"device_batch_size": 0}, r"hardware\.device_batch_size must be positive, or -1"),
-        ({"cuda_graph": "maybe"}, r"hardware\.cuda_graph must be auto, true or false, got 'maybe'"),
+        ({"cuda_graph": "maybe"}, r"hardware\.cuda_graph must be auto, true, local or false, got 'maybe'"),
         ({"reduce_dtype": "float16"}, r"hardware\.reduce_dtype must be float32 or bfloat16, got 'float16'"),
         ({"recompute": ["mlp"]}, r"hardware\.recompute knows no 'mlp'; choose from block, embedding"),
         (
