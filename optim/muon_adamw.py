@@ -357,16 +357,14 @@ class AdamWGroup(Group):
 
     def start_gather(self) -> None:
         self.gathers = [
-            (p, rows, self.ranks.gather_rows(rows, len(p)))
+            self.ranks.gather_into(p.detach(), rows)
             for p, rows, shared in zip(self.params, self.owned_rows(), self.shared)
             if shared
         ]
 
     def wait_gather(self) -> None:
-        for p, rows, wait in self.gathers:
-            whole = wait()
-            if whole is not rows:  # with one rank the rows are the parameter
-                p.copy_(whole)
+        for wait in self.gathers:
+            wait()
         self.gathers = []
         if self.ranks.size > 1:
             self.copy_parameters()

@@ -76,6 +76,15 @@ class Ranks:
 
         return wait
 
+    def gather_into(self, whole: Tensor, rows: Tensor) -> Callable[[], None]:
+        """Start collecting every rank's rows into `whole`, of which `rows` is this rank's part."""
+        if self.size == 1:
+            return lambda: None
+        if len(whole) % self.size == 0:
+            return _all_gather(whole, rows, group=self.group, async_op=True).wait
+        wait = self.gather_rows(rows, len(whole))
+        return lambda: whole.copy_(wait())
+
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x over the ranks."""
         if self.size > 1:

@@ -134,6 +134,10 @@ def collectives(rank, world_size):
         rows = ranks.average_rows(x * (rank + 1))()
         whole = ranks.gather_rows(rows, n)()
         got.append(torch.allclose(whole, x * (world_size + 1) / 2) and rows.shape == x[ranks.share(n)].shape)
+        place = torch.full_like(x, -1.0)
+        place[ranks.share(n)] = x[ranks.share(n)]
+        ranks.gather_into(place, place[ranks.share(n)])()
+        got.append(torch.equal(place, x))
     small = ranks.average_all([torch.full((2, 2), float(rank)), torch.tensor(2.0 * rank)])()
     got.append(torch.equal(small[0], torch.full((2, 2), (world_size - 1) / 2)) and small[1] == world_size - 1)
     return got
