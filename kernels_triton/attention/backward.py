@@ -15,7 +15,8 @@ from kernels_triton.launch import ceil_div, launch
 from kernels_triton.primitives import tanh_grad
 
 from kernels_triton.attention.primitives import (  # isort: skip
-    add_product, capped, edge, head_of, keys_of, load_ids, load_rows, place, queries_of, store_rows, visible,
+    add_long, add_product, capped, edge, head_of, keys_of, load_ids, load_rows, nothing_lost, place, queries_of,
+    store_rows, visible,
 )
 
 
@@ -106,7 +107,7 @@ def _attention_dq_kernel(
 
 @triton.jit
 def _dk_dv_step(
-    i_t, b_k, b_v, b_dk, b_dv, b_id, o_s, p_q, p_do, lse, delta, i_row, p_ids, stride_qt, stride_dt, stride_it, Tq, Tk, window,
+    i_t, b_k, b_v, b_dk, b_dv, b_lost_k, b_lost_v, b_id, o_s, p_q, p_do, lse, delta, i_row, p_ids, stride_qt, stride_dt, stride_it, Tq, Tk, window,
     D: tl.constexpr, scale: tl.constexpr, SOFTCAP: tl.constexpr, CAUSAL: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
     MASKED: tl.constexpr, NEEDS_DK: tl.constexpr, NEEDS_DV: tl.constexpr,
 ):
@@ -129,14 +130,14 @@ def _dk_dv_step(
         b_s = tl.where(m, b_s, -float("inf"))                                                           # [BS, BT]
     b_p = tl.exp2(b_s - tl.load(lse + i_row + o_t)[None, :])                                            # [BS, BT]
     if NEEDS_DV:
-        b_dv = add_product(b_p.to(b_do.dtype), b_do, b_dv)                                              # [BS, BD]
+        b_dv, b_lost_v = add_long(b_p.to(b_do.dtype), b_do, b_dv, b_lost_v)                             # [BS, BD]
     if NEEDS_DK:
         b_dp = tl.dot(b_v, b_do.T, input_precision="ieee")                                              # [BS, BT]
         b_ds = b_p * (b_dp - tl.load(delta + i_row + o_t)[None, :])                                     # [BS, BT]
         if SOFTCAP is not None:
             b_ds = tanh_grad(b_ds, b_c)                                                                 # [BS, BT]
-        b_dk = add_product(b_ds.to(b_q.dtype), b_q, b_dk)                                               # [BS, BD]
-    return b_dk, b_dv
+        b_dk, b_lost_k = add_long(b_ds.to(b_q.dtype), b_q, b_dk, b_lost_k)                              # [BS, BD]
+    return b_dk, b_dv, b_lost_k, b_lost_v
 
 
 @triton.jit(do_not_specialize=["Tq", "Tk", "n_heads", "n_together", "window"])
@@ -167,12 +168,13 @@ def _attention_dk_dv_kernel(
     o_s = s0 + tl.arange(0, BS)
     b_dk = tl.zeros([BS, BD], dtype=lse.dtype.element_ty)                                               # [BS, BD]
     b_dv = tl.zeros([BS, BD], dtype=lse.dtype.element_ty)                                               # [BS, BD]
+    b_lost_k, b_lost_v = nothing_lost(b_dk, b_k), nothing_lost(b_dv, b_v)
     a, b, c, end = queries_of(s0, Tq, Tk, window, p_bounds, BT, BS, CAUSAL)
     n = end - c + b - a
     for i in range(n * GROUP):
         i_g = head_of(i, n, GROUP)
-        b_dk, b_dv = _dk_dv_step(
-            edge(i - (i_g * n).to(tl.int32), a, b, c, end), b_k, b_v, b_dk, b_dv, b_id, o_s,
+        b_dk, b_dv, b_lost_k, b_lost_v = _dk_dv_step(
+            edge(i - (i_g * n).to(tl.int32), a, b, c, end), b_k, b_v, b_dk, b_dv, b_lost_k, b_lost_v, b_id, o_s,
             p_q + i_g * stride_qh, p_do + i_g * stride_dh, lse, delta, (i_bh * GROUP + i_g) * Tp, p_ids,
             stride_qt, stride_dt, stride_it, Tq, Tk, window, D, scale, SOFTCAP, CAUSAL, BT, BD, True,
             dk is not None, dv is not None,
@@ -180,8 +182,8 @@ def _attention_dk_dv_kernel(
     n = c - b
     for i in range(n * GROUP):
         i_g = head_of(i, n, GROUP)
-        b_dk, b_dv = _dk_dv_step(
-            b + i - (i_g * n).to(tl.int32), b_k, b_v, b_dk, b_dv, b_id, o_s,
+        b_dk, b_dv, b_lost_k, b_lost_v = _dk_dv_step(
+            b + i - (i_g * n).to(tl.int32), b_k, b_v, b_dk, b_dv, b_lost_k, b_lost_v, b_id, o_s,
             p_q + i_g * stride_qh, p_do + i_g * stride_dh, lse, delta, (i_bh * GROUP + i_g) * Tp, p_ids,
             stride_qt, stride_dt, stride_it, Tq, Tk, window, D, scale, SOFTCAP, CAUSAL, BT, BD, False,
             dk is not None, dv is not None,

@@ -52,6 +52,27 @@ def add_product(a, b, b_sum):
 
 
 @triton.jit
+def nothing_lost(b_sum, like):
+    """What a sum of no terms has lost to rounding: a tensor where `add_long` keeps it, else a mere number."""
+    if b_sum.dtype == tl.float64 or like.dtype == tl.float32:
+        return tl.zeros_like(b_sum)
+    else:
+        return 0.0
+
+
+@triton.jit
+def add_long(a, b, b_sum, b_lost):
+    """`add_product` for sums over all queries of a group: in fp32 and fp64 what each addition loses is added to the next
+    term (Kahan), as hundreds of tiles in turn lose four times as much as plain PyTorch does."""
+    if b_sum.dtype == tl.float64 or a.dtype == tl.float32:
+        b_term = tl.dot(a, b, input_precision="ieee", out_dtype=b_sum.dtype, max_num_imprecise_acc=1) - b_lost
+        b_new = b_sum + b_term
+        return b_new, (b_new - b_sum) - b_term
+    else:
+        return tl.dot(a, b, b_sum, out_dtype=b_sum.dtype), b_lost
+
+
+@triton.jit
 def load_ids(p, stride, n, BT: tl.constexpr):
     """The document ids of BT tokens from p on; from the n-th on, the last one's again."""
     o_t = tl.minimum(tl.arange(0, BT), n - 1)

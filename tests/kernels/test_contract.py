@@ -251,7 +251,10 @@ def test_more_elements_than_32_bits_can_count(backend, op, device):
         part = {name: value[few].clone() if name in case.batched and value is not None else value
                 for name, value in inputs.items()}  # fmt: skip
         for name, value in run_batched(op, function, part).items():
-            assert torch.equal(whole[name][few], value), name
+            if backend == "torch":  # cuBLAS may take another kernel for fewer rows
+                torch.testing.assert_close(whole[name][few], value)
+            else:
+                assert torch.equal(whole[name][few], value), name
 
 
 def run_batched(op: str, op_function, inputs: dict) -> dict[str, Tensor]:
