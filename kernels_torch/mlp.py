@@ -15,7 +15,8 @@ def relu2_mlp(x: Tensor, w_up: Tensor, w_down: Tensor, *, masters: Sequence[Tens
     x         [..., D]
     w_up      [F, D], the dtype of x
     w_down    [D, F]
-    masters   what the weights are roundings of, in this order: they get the gradients, in their dtype. None: nothing
+    masters   what the weights are roundings of, in this order: they get the gradients, in their dtype;
+              None: the weights get them
     → [..., D]
 
     Raises ValueError for shapes or dtypes that do not fit together.

@@ -16,9 +16,9 @@ OURS = {
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "kernels_torch": set(),
-    "kernels_triton": {"kernels_torch"},  # what the specification refuses, and nothing else
+    "kernels_triton": {"kernels_torch"},  # what the specification refuses, and what is the same in all backends
     "kernels_triton_portable": {"kernels_triton"},
-    "model": {"kernels_torch"},  # what the codes of a weight stand for; ops are handed to it
+    "model": {"kernels_torch"},  # what the codes of a weight stand for, and whose its gradient is; ops are handed to it
     "data": set(),
     "optim": set(),
     "evals": set(),

@@ -21,6 +21,7 @@ where the first graph put them, parameters and optimizer state never move.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from data.batches import Batch
 from errors import KestrelError
 from model.cuda_graphs import CudaGraphs
+from model.layers.linear import adding_in_place
 from optim.muon_adamw import MuonAdamW, StepResult
 from optim.schedules import ScheduleValues
 from training.distributed import any_rank
@@ -72,7 +74,8 @@ class Step:
         loss = self.model(batch.tokens, batch.targets, token_weights=batch.weights, doc_ids=batch.doc_ids)
         if last:
             self.optimizer.expect_last_gradients()
-        (loss * (scale / self.accumulation)).backward()
+        with nullcontext() if first else adding_in_place():
+            (loss * (scale / self.accumulation)).backward()
         if first:
             self.loss.zero_()
         self.loss += loss.detach().float() / self.accumulation
