@@ -32,6 +32,7 @@ from data.sources import SCHEMAS as DATA_SCHEMAS
 from data.sources import DataConfig
 from data.tokenizer import TokenizerConfig
 from errors import KestrelError
+from inference.paged_cache import check_quant_cache
 from inference.sampling import MAX_SAMPLES, SamplingConfig
 from model.config import ModelConfig
 from model.llama import LlamaConfig
@@ -117,12 +118,14 @@ class InferConfig(SamplingConfig):
     runs_dir: str = "runs"
     quant: Optional[str] = None  # None: the weights as they are saved
     quant_group: int = 128
+    quant_cache: Optional[str] = None  # None: keys and values in the dtype of the model
     kernels: KernelConfig = MISSING
     hardware: HardwareConfig = MISSING
 
     def __post_init__(self) -> None:
         super().__post_init__()
         quantisation_named(self.quant, self.quant_group)
+        check_quant_cache(self.quant_cache)
         if self.mode not in MODES:
             raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
         if not 0 <= self.speculate <= MAX_GUESSES:

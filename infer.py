@@ -133,12 +133,20 @@ def load_engine(config: InferConfig) -> Engine:
         torch.set_num_threads(1)
     note(
         f"{saved.path}: step {saved.step}, {saved.config['model']['family']} with {n_parameters:,} parameters, "
-        f"{weights_of(model)}{device.device}, {str(device.dtype).removeprefix('torch.')}, "
+        f"{weights_of(model)}{f'{config.quant_cache} cache, ' if config.quant_cache else ''}"
+        f"{device.device}, {str(device.dtype).removeprefix('torch.')}, "
         f"kernels: {describe_ops(config.kernels, device.device, device.dtype)}"
         + (", steps in CUDA graphs" if device.cuda_graph else "")
     )
     max_rows = {"generate": config.num_samples, "chat": 1, "batch": config.max_rows}[config.mode]
-    return Engine(model, tokenizer, max_rows=max_rows, graphs=device.cuda_graph, speculate=config.speculate)
+    return Engine(
+        model,
+        tokenizer,
+        max_rows=max_rows,
+        graphs=device.cuda_graph,
+        speculate=config.speculate,
+        quant_cache=config.quant_cache,
+    )
 
 
 def check_hardware(hardware: HardwareConfig) -> None:

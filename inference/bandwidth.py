@@ -13,7 +13,7 @@ def share_of_bandwidth(engine: Engine, seconds: float) -> float | None:
     if engine.device.type != "cuda" or seconds <= 0:
         return None
     weights = engine.n_decoded * bytes_of_products(engine.model)
-    cache = engine.n_keys_read * kv_bytes_per_token(engine.model)
+    cache = engine.n_keys_read * kv_bytes_per_token(engine.model, engine.cache.k.dtype)
     return (weights + cache) / seconds / copied_per_s(engine.device)
 
 

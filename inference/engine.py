@@ -31,12 +31,13 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from errors import KestrelError
 from inference.block_pool import BlockPool
-from inference.paged_cache import PagedCache
+from inference.paged_cache import PagedCache, check_quant_cache
 from inference.prefill import PAD_TO, Prefill, Prompt, Reader
 from inference.request import Event, Request, Row
 from inference.rows import NOT_FORCED, DecodeStep, Drawn, Rows
 from inference.sampling import Plan, SamplingConfig, recent_tokens
 from inference.speculation import Lookup, n_right
+from kernels_torch.quantised_cache import FORMS
 from model.cost import kv_bytes_per_token
 from model.cuda_graphs import Capture, CudaGraphs
 from model.language_model import LanguageModel
@@ -57,6 +58,7 @@ class Engine:
     prefill_chunk   tokens of prompts that are read between two steps of decoding
     reuse_prefixes  keep the pages of prompts that were read, for prompts with the same beginning
     lag             how many steps later tokens are handed out: 0, or 1; None: 1 on a GPU
+    quant_cache     keep keys and values in 8 bits: int8 or fp8; None: in the model's dtype
     speculate       how many tokens to guess from what was said before, while one greedy row is alone at work; 0: none
     graphs          whether steps of decoding are recorded in CUDA graphs (rows.DecodeStep); None: on a GPU
     """
@@ -74,6 +76,7 @@ class Engine:
         lag: int | None = None,
         graphs: bool | None = None,
         speculate: int = 0,
+        quant_cache: str | None = None,
     ) -> None:
         if model.vocab_size != tokenizer.vocab_size:
             raise KestrelError(
@@ -86,15 +89,16 @@ class Engine:
                 raise KestrelError(f"{name} must be at least 1, got {value}")
         if speculate < 0:
             raise KestrelError(f"speculate must be at least 0, got {speculate}")
+        check_quant_cache(quant_cache)
         self.model, self.tokenizer, self.max_rows, self.prefill_chunk = model, tokenizer, max_rows, prefill_chunk
         self.device = next(model.parameters()).device
         is_gpu = self.device.type == "cuda"
         self.lag = int(is_gpu) if lag is None else lag
         self.speculate, self.reader = min(speculate, model.context_len - 1), None  # what reads guesses
         self.capture: Capture | None = CudaGraphs() if (is_gpu if graphs is None else graphs) else None
-        cache_tokens = most_tokens(model, max_rows, self.device) if cache_tokens is None else cache_tokens
+        cache_tokens = most_tokens(model, max_rows, self.device, quant_cache) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)
-        self.cache = PagedCache(model, self.pool.n_blocks, page, one_row=max_rows == 1)
+        self.cache = PagedCache(model, self.pool.n_blocks, page, one_row=max_rows == 1, form=quant_cache)
         self.prefill = Prefill(model, self.cache, self.pool, reuse_prefixes, self.capture)
         self.least_width = PAD_TO if self.device.type == "cpu" and max_rows > 1 else 1
         most_width = -(-max_rows // self.least_width) * self.least_width
@@ -454,13 +458,13 @@ def fit(model: LanguageModel, prompt_ids: list[int], sampling: SamplingConfig, c
     return sampling.max_new_tokens
 
 
-def most_tokens(model: LanguageModel, max_rows: int, device: torch.device) -> int:
+def most_tokens(model: LanguageModel, max_rows: int, device: torch.device, quant_cache: str | None = None) -> int:
     """A context for every row, unless the GPU has less memory free than that: then most of what it has."""
     wanted = max_rows * model.context_len
     if device.type != "cuda":
         return wanted
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(wanted, int(0.8 * free) // kv_bytes_per_token(model)))
+    return max(1, min(wanted, int(0.8 * free) // kv_bytes_per_token(model, FORMS.get(quant_cache))))
 
 
 def cast_weights(model: LanguageModel) -> LanguageModel:

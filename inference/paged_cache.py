@@ -5,34 +5,54 @@ beginning hold the same blocks. Who holds what is `BlockPool`'s business; here a
 
 `CacheRows` is what a model is given: the block tables, lengths and remembered states of some rows, on the device, in
 memory that never moves. Block 0 belongs to nobody: rows without a request write there, and block tables end in it.
+
+Pages may hold codes of 8 bits instead of numbers: then the scales of each page lie beside it, and go where it goes.
 """
 
 import torch
 from torch import Tensor, nn
 
+from errors import KestrelError
+from kernels_torch.quantised_cache import FORMS
+
 TRASH = 0
 CPU_REACH = 512  # keys
+
+
+def check_quant_cache(form: str | None) -> None:
+    """Refuse what is no form of codes, in the words of the key that names it."""
+    if form is not None and form not in FORMS:
+        raise KestrelError(f"quant_cache must be one of {', '.join(FORMS)}, got '{form}'")
 
 
 class PagedCache:
     """Room for n_blocks · page tokens.
 
-    k, v      [L, 1 + n_blocks, page, Hkv, D] in the model's dtype
+    k, v      [L, 1 + n_blocks, page, Hkv, D] in the model's dtype, or codes (kernels_torch/quantised_cache.py)
+    scales    of codes: k_scales and v_scales [L, 1 + n_blocks, page, Hkv], those of a head side by side
     one_row   there will never be two rows at once
+    form      of the codes, int8 or fp8; None: no codes
     """
 
-    def __init__(self, model: nn.Module, n_blocks: int, page: int, one_row: bool = False) -> None:
+    def __init__(
+        self, model: nn.Module, n_blocks: int, page: int, one_row: bool = False, form: str | None = None
+    ) -> None:
         n_layer, n_kv_head, head_dim = model.cache_shape
         self.device = next(model.parameters()).device
         self.one_row = one_row
         self.page, self.max_blocks = page, -(-model.context_len // page)
         shape = (n_layer, 1 + n_blocks, page, n_kv_head, head_dim)
-        self.k = torch.empty(shape, dtype=model.dtype, device=self.device)
+        self.k = torch.empty(shape, dtype=model.dtype if form is None else FORMS[form], device=self.device)
         self.v = torch.empty_like(self.k)
+        self.scales: dict[str, Tensor] = {}
+        if form is not None:
+            shape = (n_layer, 1 + n_blocks, n_kv_head, page)
+            for name in ("k_scales", "v_scales"):
+                self.scales[name] = torch.empty(shape, dtype=torch.float32, device=self.device).transpose(2, 3)
 
     def copy_block(self, source: int, target: int) -> None:
         """Before a block that others hold too would be written to."""
-        for pages in (self.k, self.v):
+        for pages in (self.k, self.v, *self.scales.values()):
             pages[:, target].copy_(pages[:, source])
 
     def reach_for(self, n_blocks: int) -> int:
@@ -89,6 +109,10 @@ class CacheRows:
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """All pages of a layer [P, page, Hkv, D], keys and values."""
         return self.cache.k[layer], self.cache.v[layer]
+
+    def scales_of_layer(self, layer: int) -> dict[str, Tensor]:
+        """Of pages that are codes: k_scales and v_scales [P, page, Hkv]."""
+        return {name: scales[layer] for name, scales in self.cache.scales.items()}
 
     def advance(self, n_tokens: int | Tensor) -> None:
         """End a call: the tokens written count from now on; a tensor [B] says how many of each row are real."""

@@ -46,9 +46,10 @@ def flops_per_token(model: LanguageModel) -> int:
 
 
 def kv_bytes_per_token(model: LanguageModel, dtype: torch.dtype | None = None) -> int:
-    """Bytes a token occupies in the key-value cache."""
+    """Bytes a token occupies in the key-value cache: of codes, in 8 bits, with the scale of each head."""
     n_layer, n_kv_head, head_dim = model.cache_shape
-    return 2 * n_layer * n_kv_head * head_dim * (dtype or model.dtype).itemsize
+    itemsize = (dtype or model.dtype).itemsize
+    return 2 * n_layer * n_kv_head * (head_dim * itemsize + (4 if itemsize == 1 else 0))
 
 
 def bytes_of_products(model: LanguageModel) -> int:

@@ -23,6 +23,7 @@ class Cache(Protocol):
 
     def reserve(self, n_tokens: int) -> None: ...
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]: ...  # keys and values, in one piece or in pages
+    def scales_of_layer(self, layer: int) -> dict[str, Tensor]: ...  # of pages only, by name; of numbers there are none
     def advance(self, n_tokens: int | Tensor) -> None: ...
     def recall(self, name: str, like: Tensor) -> Tensor: ...
     def remember(self, name: str, value: Tensor, after_each: Tensor | None = None) -> None: ...
@@ -132,12 +133,13 @@ class Attention(nn.Module):
         """Attention over the tokens given, which join the cache, and those before them."""
         kv, options = cache.of_layer(self.layer), dict(eps=self.qk_eps, scale=self.qk_scale)
         if cache.block_table is not None:
-            places = (cache.block_table, cos, sin, cache.lengths)
+            places, scales = (cache.block_table, cos, sin, cache.lengths), cache.scales_of_layer(self.layer)
             if q.shape[1] == 1:
                 options = dict(eps=self.qk_eps, qk_scale=self.qk_scale, window=self.window)
-                return self.ops.attention_step_paged(q, k, v, *kv, *places, **options)[0]
-            q, *pages = self.ops.qk_norm_rope_append_paged(q, k, v, *kv, *places, **options)
-            return self.ops.attention_decode_paged(q, *pages, cache.block_table, cache.ends, window=self.window)
+                return self.ops.attention_step_paged(q, k, v, *kv, *places, **options, **scales)[0]
+            q, *pages = self.ops.qk_norm_rope_append_paged(q, k, v, *kv, *places, **options, **scales)
+            seen = (cache.block_table, cache.ends)
+            return self.ops.attention_decode_paged(q, *pages, *seen, window=self.window, **scales)
         q, k_all, v_all = self.ops.qk_norm_rope_append(q, k, v, *kv, cos, sin, cache.lengths, **options)
         if cache.is_empty:  # a first prefill sees nothing but itself: the training kernel does it best
             T = q.shape[1]

@@ -14,6 +14,7 @@ from inference.request import Request
 from inference.sampling import SamplingConfig
 from model.cuda_graphs import CudaGraphs
 from tests.inference.scripted import BYTES
+from tests.inference.test_paged import poison
 from tests.inference.test_serving import assert_same, random_request, run
 from tests.model.tiny import FORMS, awake, tokens, torch_ops, triton_ops
 from tests.training.recorded_graph import RecordedGraphs
@@ -23,8 +24,7 @@ def engine_of(form: str, capture=None, ops=None, device="cpu", **options) -> Eng
     model = awake(FORMS[form], vocab_size=BYTES.vocab_size, device=device, ops=ops)
     engine = Engine(model, BYTES, **{"max_rows": 5, "page": 8, "prefill_chunk": 16, "graphs": False, **options})
     engine.cache.reach_for = lambda n_blocks: engine.cache.max_blocks  # a graph reads all of a table, as on a GPU
-    engine.cache.k.fill_(torch.nan)
-    engine.cache.v.fill_(torch.nan)
+    poison(engine.cache)
     engine.stop_ids = set(range(0, 265, 16))
     engine.capture = engine.prefill.capture = capture
     return engine

@@ -20,12 +20,22 @@ every_form = pytest.mark.parametrize("form", FORMS)
 SIZES = {"whole": [LENGTH], "chunks": [1, 3, 17, LENGTH - 21], "then singly": [LENGTH - 20, *[1] * 20]}
 
 
-def new_rows(model, n: int, fill: float = torch.nan, seed: int = 0) -> CacheRows:
+def poison(cache: PagedCache, fill: float = torch.nan) -> None:
+    """What nobody has written to would show; codes are the largest there are, or NaN."""
+    for pages in (cache.k, cache.v):
+        if cache.scales:
+            pages.view(torch.uint8).fill_(127)
+        else:
+            pages.fill_(fill)
+    for scales in cache.scales.values():
+        scales.fill_(fill)
+
+
+def new_rows(model, n: int, fill: float = torch.nan, seed: int = 0, quant_cache: str | None = None) -> CacheRows:
     """Rows whose pages lie in any order, in a cache full of `fill`."""
     per_row = -(-model.context_len // PAGE)
-    cache = PagedCache(model, n * per_row, PAGE)
-    cache.k.fill_(fill)
-    cache.v.fill_(fill)
+    cache = PagedCache(model, n * per_row, PAGE, form=quant_cache)
+    poison(cache, fill)
     rows, blocks = cache.rows(n), list(range(1, n * per_row + 1))
     random.Random(seed).shuffle(blocks)
     for b in range(n):

@@ -19,6 +19,7 @@ from inference.rows import DecodeStep, Rows
 from inference.sampling import Plan, SamplingConfig
 from inference.simple import generate_naive
 from tests.inference.scripted import BOS, BYTES, END, Scripted, ScriptedEngine, scripted
+from tests.inference.test_paged import poison
 from tests.model.test_decode import NoHostSync
 from tests.model.tiny import FORMS, NANOCHAT_2026, awake, nanochat, tokens, torch_ops
 
@@ -26,8 +27,7 @@ from tests.model.tiny import FORMS, NANOCHAT_2026, awake, nanochat, tokens, torc
 def real(form: str, device="cpu", **options) -> Engine:
     options = {"max_rows": 6, "page": 8, "prefill_chunk": 16, **options}
     engine = Engine(awake(FORMS[form], vocab_size=BYTES.vocab_size, device=device), BYTES, **options)
-    engine.cache.k.fill_(torch.nan)
-    engine.cache.v.fill_(torch.nan)
+    poison(engine.cache)
     engine.stop_ids = set(range(0, 265, 16))
     return engine
 
