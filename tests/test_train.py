@@ -244,11 +244,32 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(optim: list[str], tmp_p
         assert abs(a - b) <= 1e-5
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(tmp_path: Path, cache: Path):
-    same = ["hardware.device_batch_size=2", "stage.total_batch_size=256", "stage.eval_every=-1", "run=a"]
-    train(tmp_path, cache, "stage.num_iterations=6", "optim.schedule=cosine", *same, ranks=2)
-    train(tmp_path, cache, "stage.num_iterations=8", "optim.schedule=cosine", *same)
-    assert [step for step, _ in losses(tmp_path / "runs" / "a")] == list(range(1, 9))
+def test_a_checkpoint_of_four_ranks_goes_on_with_three_two_and_one(tmp_path: Path, cache: Path):
+    """The curve of one rank that never stopped. Twelve rows a step; three ranks share no number of matrices evenly."""
+    same = ["stage.total_batch_size=384", "stage.eval_every=-1", "optim.weight_decay=0", "optim.schedule=cosine"]
+    whole = [*same, "stage.num_iterations=8", "hardware.device_batch_size=2"]
+    train(tmp_path, cache, "run=straight", *whole)
+    for ranks, rows, until in ((4, 1, 2), (3, 2, 4), (2, 2, 6), (1, 2, 8)):
+        script = ("-m", "tests.interrupted_train", "2" if until < 8 else "9")
+        train(tmp_path, cache, "run=a", *whole, f"hardware.device_batch_size={rows}", ranks=ranks, script=script)
+    ours, theirs = losses(tmp_path / "runs" / "a"), losses(tmp_path / "runs" / "straight")
+    assert [step for step, _ in ours] == list(range(1, 9))
+    for (step, a), (_, b) in zip(ours, theirs, strict=True):
+        assert abs(a - b) <= 1e-4, step
+
+
+def test_steps_of_two_ranks_recorded_with_their_messages_train_as_eager_ones(tmp_path: Path, cache: Path):
+    """Two micro-batches a step, validations between; stopped by a signal at one rank, and gone on with."""
+    same = ["stage.num_iterations=14", "stage.eval_every=3", "hardware.device_batch_size=2", "optim.grad_clip=0.5"]
+    train(tmp_path, cache, "run=eager", *same, ranks=2)
+    out = train(tmp_path, cache, "run=graph", *same, ranks=2, script=("-m", "tests.captured_train", "7"))
+    assert "saved at step 7 of 14" in out
+    assert "2 graphs, 8 replays" in out  # four steps, two graphs each
+    train(tmp_path, cache, "run=graph", *same, ranks=2, script=("-m", "tests.captured_train", "0"))
+    eager, graph = (losses(tmp_path / "runs" / name) for name in ("eager", "graph"))
+    assert [step for step, _ in graph] == list(range(1, 15))
+    for (_, a), (_, b) in zip(graph, eager, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)  # rates on the device have another last bit
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, cache: Path):
