@@ -177,9 +177,9 @@ def give_values(model: LanguageModel, seed: int | None) -> None:
     model.init_buffers()
 
 
-def words(shape: Shape, length: int, device: torch.device) -> Batch:
+def words(shape: Shape, length: int, device: torch.device, seed: int = 0) -> Batch:
     """Tokens as frequent as words are, the n-th as often as 1 / (n + 3): the gradient of a table depends on it."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     frequency = 1 / (torch.arange(shape.vocab_size) + 3.0)
     row = frequency.multinomial(shape.rows * (length + 1), replacement=True, generator=generator)
     row = row.view(shape.rows, length + 1).to(device)

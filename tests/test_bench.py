@@ -27,6 +27,21 @@ def test_the_training_step_is_timed_and_drawn(tmp_path: Path):
     assert (tmp_path / "train_step.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_weak_scaling_is_checked_timed_and_drawn(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.weak_scaling", "--small", "--device", "cpu", "--turns", "1"]
+    command += ["--checked", "4", "--out", str(tmp_path), "--figures", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "weak_scaling.csv").open()))
+    names = ("one GPU, eager", "eager", "eager, bf16 messages")
+    assert [(row["candidate"], row["rank"]) for row in rows] == [(name, rank) for name in names for rank in "01"]
+    assert [row["ranks"] for row in rows] == ["1", "1", "2", "2", "2", "2"]
+    for row in rows:
+        assert float(row["p20_ms"]) <= float(row["step_ms"]) <= float(row["p80_ms"])
+        assert float(row["share"]) > 0
+    assert (tmp_path / "weak_scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_decoding_is_checked_timed_and_drawn(tmp_path: Path):
     command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
     command += [
