@@ -34,12 +34,13 @@ def mix_rmsnorm(
     branch: Tensor | None = None,
     *,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """s = x_scale · (x + branch) + anchor_scale · anchor;  y = rmsnorm(s)
 
     x, anchor, branch      [..., D], one shape and dtype; branch None: nothing is added. x + branch is rounded to it
     x_scale, anchor_scale  tensors of one value on the device (fp32 parameters beside bf16 activations); x_scale None: 1
-    → y, s, both [..., D] in the dtype of x; computed in fp32 (fp64 for fp64 input) and rounded once
+    → y, s, both [..., D] in the dtype of x, computed in fp32 (fp64 for fp64 input) and rounded once; and the anchor,
+      for the next mix of a chain: its gradient comes back along the chain, and each link can add its share
 
     Raises ValueError for shapes and dtypes that do not fit together.
     Source: the residual lambdas and the backout of nanochat, https://github.com/karpathy/nanochat.
@@ -50,7 +51,7 @@ def mix_rmsnorm(
     if x_scale is not None:
         stream = x_scale.reshape(()).to(dtype) * stream
     s = (stream + anchor_scale.reshape(()).to(dtype) * anchor.to(dtype)).to(x.dtype)
-    return rmsnorm(s, eps=eps), s
+    return rmsnorm(s, eps=eps), s, anchor
 
 
 def check_add_rmsnorm(x: Tensor, branch: Tensor, weight: Tensor | None, eps: float) -> None:

@@ -11,6 +11,9 @@ add keeps s, and r where rmsnorm does; its backward is rmsnorm's with ds added b
 memory forward, 4 backward. mix keeps its inputs, and makes s and r again: 5 passes forward, 7 backward. The gradient of x
 is that of branch too, the same tensor. An output that nothing uses has no incoming gradient, and none is read.
 
+All layers mix in the same anchor. Each passes it on to the next, so its gradient comes from there: danchor is added to that
+in the same pass, one more to read, where autograd would read both and write the sum.
+
 For the sums each program adds up its own rows and stores one line; the lines are summed as rmsnorm's dw, in an order that
 does not depend on timing. Rows too wide for one program are added and mixed by PyTorch and normalised by rmsnorm's kernels.
 """
@@ -97,8 +100,8 @@ def _mix_rmsnorm_fwd_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["x_scale", "anchor_scale"])
 def _mix_rmsnorm_bwd_kernel(
-    x, anchor, branch, x_scale, anchor_scale, dy, ds, dx, danchor, sums,
-    stride_x, stride_anchor, stride_branch, stride_dy, stride_ds, T,
+    x, anchor, branch, x_scale, anchor_scale, dy, ds, dpassed, dx, danchor, sums,
+    stride_x, stride_anchor, stride_branch, stride_dy, stride_ds, stride_dpassed, T,
     D: tl.constexpr, eps: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr, STAGES: tl.constexpr, OVERLAP: tl.constexpr,
 ):
     """sums [programs, 2]: of d · (x + branch) and of d · anchor."""
@@ -134,8 +137,12 @@ def _mix_rmsnorm_bwd_kernel(
             p_dx = dx + o_t[:, None] * D + o_d[None, :]
             tl.store(p_dx, (b_x_scale * b_d).to(dx.dtype.element_ty), mask=m)
         if danchor is not None:
+            b_danchor = b_anchor_scale * b_d                                                            # [BT, BD]
+            if dpassed is not None:
+                p_dpassed = dpassed + o_t[:, None] * stride_dpassed + o_d[None, :]
+                b_danchor += tl.load(p_dpassed, mask=m, other=0.0).to(ACC)
             p_danchor = danchor + o_t[:, None] * D + o_d[None, :]
-            tl.store(p_danchor, (b_anchor_scale * b_d).to(danchor.dtype.element_ty), mask=m)
+            tl.store(p_danchor, b_danchor.to(danchor.dtype.element_ty), mask=m)
         if sums is not None:
             b_dx_scale += b_d * b_stream
             b_danchor_scale += b_d * b_anchor
@@ -188,25 +195,26 @@ def _mix_rmsnorm_fwd(
 
 def _mix_rmsnorm_bwd(
     x: Tensor, anchor: Tensor, branch: Tensor | None, x_scale: Tensor | None, anchor_scale: Tensor, dy: Tensor | None,
-    ds: Tensor | None, eps: float, needs_dx: bool, needs_danchor: bool, needs_sums: bool,
+    ds: Tensor | None, dpassed: Tensor | None, eps: float, needs_dx: bool, needs_danchor: bool, needs_sums: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """All but the scales as `with_rows` gives them → dx, danchor of the shape of x and the two sums [2]."""
     D, T = x.shape[-1], count_rows(x)
+    dpassed = dpassed if needs_danchor else None
     if D > WIDEST_BLOCK:
-        return _mix_rmsnorm_wide_bwd(x, anchor, branch, x_scale, anchor_scale, dy, ds, eps)
+        return _mix_rmsnorm_wide_bwd(x, anchor, branch, x_scale, anchor_scale, dy, ds, dpassed, eps)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_dx else None
     danchor = torch.empty_like(x, memory_format=torch.contiguous_format) if needs_danchor else None
-    tile = mix_rmsnorm_bwd_tile(D, x.element_size(), needs_sums)
+    tile = mix_rmsnorm_bwd_tile(D, x.element_size(), needs_sums, tensors=5 if dpassed is None else 6)
     programs = n_programs(T, tile, x.device)
     sums = torch.empty((programs, 2), dtype=accumulated_in(x), device=x.device) if needs_sums else None
     overlap = needs_sums and can_overlap(x.device)
     if T > 0:
         launch(
             _mix_rmsnorm_bwd_kernel, (programs,), x=x, anchor=anchor, branch=branch, x_scale=x_scale,
-            anchor_scale=anchor_scale, dy=dy, ds=ds, dx=dx, danchor=danchor, sums=sums, stride_x=row_stride(x),
-            stride_anchor=row_stride(anchor), stride_branch=row_stride(branch), stride_dy=row_stride(dy),
-            stride_ds=row_stride(ds), T=T, D=D, eps=eps, BT=tile.BT, BD=tile.BD, STAGES=tile.stages, OVERLAP=overlap,
-            num_warps=tile.warps,
+            anchor_scale=anchor_scale, dy=dy, ds=ds, dpassed=dpassed, dx=dx, danchor=danchor, sums=sums,
+            stride_x=row_stride(x), stride_anchor=row_stride(anchor), stride_branch=row_stride(branch),
+            stride_dy=row_stride(dy), stride_ds=row_stride(ds), stride_dpassed=row_stride(dpassed), T=T, D=D, eps=eps,
+            BT=tile.BT, BD=tile.BD, STAGES=tile.stages, OVERLAP=overlap, num_warps=tile.warps,
         )
     return dx, danchor, sum_lines(sums, sums.dtype, overlap) if needs_sums else None
 
@@ -224,7 +232,7 @@ def _mixed_wide(
 
 def _mix_rmsnorm_wide_bwd(
     x: Tensor, anchor: Tensor, branch: Tensor | None, x_scale: Tensor | None, anchor_scale: Tensor, dy: Tensor | None,
-    ds: Tensor | None, eps: float,
+    ds: Tensor | None, dpassed: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """All gradients, whoever asked."""
     stream, s = _mixed_wide(x, anchor, branch, x_scale, anchor_scale)
@@ -232,6 +240,8 @@ def _mix_rmsnorm_wide_bwd(
     d = d.to(stream.dtype)
     dx = d if x_scale is None else x_scale.reshape(()).to(d.dtype) * d
     danchor = anchor_scale.reshape(()).to(d.dtype) * d
+    if dpassed is not None:
+        danchor += dpassed.view(x.shape)
     sums = torch.stack([(d * stream).sum(), (d * anchor.view(x.shape)).sum()])
     return dx.to(x.dtype), danchor.to(x.dtype), sums
 
@@ -267,22 +277,24 @@ class _MixRMSNorm(torch.autograd.Function):
     def forward(
         ctx: FunctionCtx, x: Tensor, anchor: Tensor, x_scale: Tensor | None, anchor_scale: Tensor, branch: Tensor | None,
         eps: float,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         rows = [value if value is None else with_rows(value) for value in (x, anchor, branch)]
         y, s = _mix_rmsnorm_fwd(*rows, x_scale, anchor_scale, eps)
         leave_unused_gradients_out(ctx)
         ctx.save_for_backward(*rows, x_scale, anchor_scale)
         ctx.eps = eps
-        return (y, s) if rows[0] is x else (y.view(x.shape), s.view(x.shape))
+        return y.view(x.shape), s.view(x.shape), anchor.view_as(anchor)
 
     @staticmethod
     @differentiable_once
-    def backward(ctx: FunctionCtx, dy: Tensor | None, ds: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(
+        ctx: FunctionCtx, dy: Tensor | None, ds: Tensor | None, dpassed: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
         if dy is None and ds is None:
-            return (None,) * 6
+            return None, dpassed, None, None, None, None
         x, anchor, branch, x_scale, anchor_scale = ctx.saved_tensors
         needs_x, needs_anchor, needs_x_scale, needs_anchor_scale, needs_branch, _ = ctx.needs_input_grad
-        rows = [value if value is None else with_rows(value) for value in (dy, ds)]
+        rows = [value if value is None else with_rows(value) for value in (dy, ds, dpassed)]
         dx, danchor, sums = _mix_rmsnorm_bwd(
             x, anchor, branch, x_scale, anchor_scale, *rows, ctx.eps, needs_x or needs_branch, needs_anchor,
             needs_x_scale or needs_anchor_scale,
@@ -318,7 +330,7 @@ def mix_rmsnorm(
     branch: Tensor | None = None,
     *,
     eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """kernels_torch.mix_rmsnorm, in one pass over x, anchor and branch; the scales stay on the device.
 
     Arguments: see kernels_torch.mix_rmsnorm.

@@ -128,9 +128,9 @@ def mix_rmsnorm_fwd_tile(D: int) -> Tile:
     return tile_for(D, MIX_FORWARD, values=16)._replace(stay=None)
 
 
-def mix_rmsnorm_bwd_tile(D: int, itemsize: int, needs_sums: bool) -> Tile:
-    """Programs stay for the sake of the sums only."""
-    tile = as_staged(tile_for(D, MIX_BACKWARD, values=16), itemsize, tensors=5)
+def mix_rmsnorm_bwd_tile(D: int, itemsize: int, needs_sums: bool, tensors: int = 5) -> Tile:
+    """Programs stay for the sake of the sums only. tensors: so many are read"""
+    tile = as_staged(tile_for(D, MIX_BACKWARD, values=16), itemsize, tensors)
     return tile if needs_sums else tile._replace(stages=1, stay=None)
 
 

@@ -203,7 +203,7 @@ class Nanochat(LanguageModel):
         for block, value_table, scales in zip(
             self.transformer.h, self.value_tables(), self.residual_scales(), strict=True
         ):
-            normed, x = self.join(x, branch, x0, scales)
+            normed, x, x0 = self.join(x, branch, x0, scales)
             x, branch = block(
                 normed, x, self.cos, self.sin, tokens=tokens, value_table=value_table, doc_ids=doc_ids, cache=cache
             )
@@ -220,7 +220,7 @@ class Nanochat(LanguageModel):
         for block, value_table, scales in zip(
             self.transformer.h, self.value_tables(), self.residual_scales(), strict=True
         ):
-            normed, x = (None, x) if scales is None else self.join(x, None, x0, scales)
+            normed, x, x0 = (None, x, x0) if scales is None else self.join(x, None, x0, scales)
             x = block.decode(x, normed, self.cos, self.sin, cache, tokens=tokens, value_table=value_table)
             if self.config.backout and block is self.transformer.h[self.config.n_layer // 2]:
                 middle = x
@@ -230,11 +230,11 @@ class Nanochat(LanguageModel):
 
     def join(
         self, x: Tensor, branch: Tensor | None, anchor: Tensor | None, scales: tuple[Tensor | None, Tensor] | None
-    ) -> tuple[Tensor, Tensor]:
-        """Add a branch to the stream, mix in the anchor where there are scales, and normalise: (norm, stream)."""
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Add a branch to the stream, mix in the anchor where there are scales, normalise → norm, stream, anchor."""
         if scales is not None:
             return self.ops.mix_rmsnorm(x, anchor, *scales, branch, eps=self.config.norm_eps)
-        return (self.norm(x), x) if branch is None else self.norm.of_sum(x, branch)
+        return *((self.norm(x), x) if branch is None else self.norm.of_sum(x, branch)), anchor
 
     def residual_scales(self) -> list[tuple[Tensor, Tensor] | None]:
         """For each layer what the stream and the first embedding are weighed with before it."""

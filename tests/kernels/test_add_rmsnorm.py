@@ -25,7 +25,7 @@ def add_formula(x, branch, weight=None, *, eps=1e-6):
 def mix_formula(x, anchor, x_scale, anchor_scale, branch=None, *, eps=1e-6):
     stream = x if branch is None else x + branch
     s = (1 if x_scale is None else x_scale) * stream + anchor_scale * anchor
-    return normalised(s, eps), s
+    return normalised(s, eps), s, anchor
 
 
 SHAPES = [
@@ -87,6 +87,26 @@ def test_an_output_that_nothing_uses(backend, op, used, shape, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("D", [33, 16390])
+def test_the_anchors_gradient_comes_back_along_a_chain(backend, D, device):
+    """Of three mixes, the last of which passes it on to nobody, and of one whose other outputs nothing uses."""
+
+    def chain(backend, dtype):
+        x, anchor, branch = (value.to(dtype, copy=True) for value in values)
+        anchor.requires_grad_()
+        scales, y, passed, loss = torch.linspace(0.5, 2, 6, device=device, dtype=dtype), None, anchor, 0
+        for i in range(3):
+            y, x, passed = MODULES[backend].mix_rmsnorm(x, passed, scales[i], scales[i + 3], branch)
+            loss = loss + (y * branch).sum()
+        *_, passed = MODULES[backend].mix_rmsnorm(x.detach(), anchor, None, scales[0])
+        return torch.autograd.grad(loss + (passed * branch).sum(), anchor)[0]
+
+    values = torch.randn(3, 5, D, device=device)
+    exact, plain = (chain("torch", dtype) for dtype in (torch.float64, torch.float32))
+    assert_close(chain(backend, torch.float32), exact, plain)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("M", "D"), [(4099, 7), (130, 257)])
 def test_scalar_gradients_are_exact_sums(backend, M, D, device):
     """Over many programs, of integers: not one product may be missing, counted twice or rounded away."""
@@ -107,7 +127,7 @@ def test_scales_may_be_elements_of_a_vector_in_any_dtype(backend, i, device):
     x, anchor = torch.randn(2, 6, 20, device=device)
     scales = torch.rand(2, 5, device=device, dtype=torch.float64).requires_grad_()
     x_scale, anchor_scale = scales[0].float()[i], scales[1, i : i + 1]
-    _, s = MODULES[backend].mix_rmsnorm(x, anchor, x_scale, anchor_scale)
+    _, s, _ = MODULES[backend].mix_rmsnorm(x, anchor, x_scale, anchor_scale)
     dx_scale, danchor_scale = torch.autograd.grad(s.sum(), [x_scale, anchor_scale], retain_graph=True)
     assert (dx_scale.shape, dx_scale.dtype) == ((), torch.float32)
     assert (danchor_scale.shape, danchor_scale.dtype) == ((1,), torch.float64)
@@ -123,7 +143,7 @@ def test_y_is_the_norm_of_the_sum_as_it_is_kept(backend, dtype, device):
     """s is rounded first; y, from the rounded s, is rounded once."""
     x, branch, anchor = torch.randn(3, 9, 65, device=device).to(dtype)
     scales = torch.rand(2, device=device)
-    for y, s in (
+    for y, s, *_ in (
         MODULES[backend].add_rmsnorm(x, branch),
         MODULES[backend].mix_rmsnorm(x, anchor, scales[0], scales[1], branch),
     ):

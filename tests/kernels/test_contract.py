@@ -170,7 +170,9 @@ def gradient_of_shared(op: str, op_function, inputs: dict, first: str, second: s
     """The gradient of one tensor that is given as two inputs."""
     shared = inputs[first].requires_grad_()
     outs = outputs(op_function, {**inputs, second: shared})
-    return torch.autograd.grad(floating(outs), shared, upstream_of(outs))[0]
+    pairs = [(out, up) for out, up in zip(floating(outs), upstream_of(outs), strict=True) if out.requires_grad]
+    outs, upstream = zip(*pairs, strict=True)  # without what is passed on as it came
+    return torch.autograd.grad(outs, shared, upstream)[0]
 
 
 @pytest.mark.parametrize(("backend", "op"), DIFFERENTIABLE)
