@@ -272,6 +272,20 @@ def test_steps_of_two_ranks_recorded_with_their_messages_train_as_eager_ones(tmp
         assert a == pytest.approx(b, rel=1e-5)  # rates on the device have another last bit
 
 
+def test_two_nodes_meet_and_train(tmp_path: Path, cache: Path):
+    """As README.md says for a machine without a GPU: torchrun twice, which find each other."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        meet = ["--rdzv-backend=c10d", f"--rdzv-endpoint=localhost:{probe.getsockname()[1]}", "--rdzv-id=dry"]
+    launcher = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *meet, str(ROOT / "train.py"))
+    options = ("stage.num_iterations=3", "hardware.device_batch_size=2", "run=dry")
+    nodes = [start(tmp_path, cache, *options, script=launcher) for _ in range(2)]
+    results = [(*node.communicate(timeout=120), node.returncode) for node in nodes]
+    assert [status for *_, status in results] == [0, 0], results
+    assert "(2 rows × 2 × 2)" in "".join(out for out, *_ in results)
+    assert [step for step, _ in losses(tmp_path / "runs" / "dry")] == [1, 2, 3]
+
+
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(tmp_path: Path, cache: Path):
     train(tmp_path, cache, "stage.num_iterations=4", "run=a", "optim=adamw")
     saved = checkpoint.latest(tmp_path / "runs" / "a")
