@@ -11,6 +11,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,10 @@ if HAS_GPU:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic cuBLAS, read when CUDA starts
 else:
     os.environ["TRITON_INTERPRET"] = "1"
+    if find_spec("triton"):
+        from tests.interpreter import hasten
+
+        hasten()
 torch.set_num_threads(1)  # tests are too small to share among threads
 if "PYTEST_XDIST_WORKER" in os.environ:  # and with one worker a core, so are the processes they start
     os.environ.setdefault("OMP_NUM_THREADS", "1")
