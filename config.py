@@ -33,6 +33,7 @@ from data.sources import DataConfig
 from data.tokenizer import TokenizerConfig
 from errors import KestrelError
 from inference.paged_cache import check_quant_cache
+from inference.request import stops_of
 from inference.sampling import MAX_SAMPLES, SamplingConfig
 from model.config import ModelConfig
 from model.llama import LlamaConfig
@@ -111,9 +112,11 @@ class InferConfig(SamplingConfig):
     ckpt: Optional[str] = None
     prompt: Optional[str] = None
     stream: bool = True  # show tokens as they come; false: the whole text at the end
-    input: Optional[str] = None  # of mode=batch, like the next two
+    input: Optional[str] = None  # of mode=batch, like the next three
     output: Optional[str] = None
+    any_model: bool = False
     max_rows: int = 16
+    stop: Optional[str] = None  # a text, or a list of texts in JSON
     speculate: int = 0
     runs_dir: str = "runs"
     quant: Optional[str] = None  # None: the weights as they are saved
@@ -126,6 +129,7 @@ class InferConfig(SamplingConfig):
         super().__post_init__()
         quantisation_named(self.quant, self.quant_group)
         check_quant_cache(self.quant_cache)
+        stops_of(self.stop)
         if self.mode not in MODES:
             raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")
         if not 0 <= self.speculate <= MAX_GUESSES:

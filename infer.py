@@ -26,6 +26,7 @@ import torch
 
 import checkpoint
 from checkpoint import Checkpoint
+from checkpoint.manifest import read_manifest
 from config import InferConfig, run_command
 from data.tokenizer import tokenizer_from_json
 from errors import KestrelError
@@ -33,6 +34,7 @@ from inference.batch import run_batch
 from inference.chat import run_chat
 from inference.console import close_quietly, note, read_prompt, tell
 from inference.engine import Engine, cast_weights
+from inference.request import stops_of
 from kernels_torch.quantised_weight import CODES
 from model import LanguageModel, build, config_from_dict
 from model.ops import Ops, describe_ops, load_ops
@@ -54,6 +56,7 @@ RAW_KEYS = (
     "runs_dir",
     "input",
     "output",
+    "stop",
 )  # taken as typed, whatever quotes, commas or brackets they hold
 
 # A second CPU thread does not make a token of such a model faster: d2 takes 1.6 ms with one and with two. But threads
@@ -84,18 +87,18 @@ def main(config: InferConfig) -> None:
 def generate(config: InferConfig) -> bool:
     """Continue one prompt. → False if interrupted, like those below"""
     refuse(config, "input", "output")
-    engine = load_engine(config)
+    stop, engine = stops_of(config.stop), load_engine(config)
     prompt = read_prompt(config.prompt)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return tell(engine, prompt, config, stream=config.stream)
+    return tell(engine, prompt, config, stream=config.stream, stop=stop)
 
 
 def chat(config: InferConfig) -> bool:
     """Talk, beginning with the prompt if there is one."""
     refuse(config, "input", "output")
-    engine = load_engine(config)
+    stop, engine = stops_of(config.stop), load_engine(config)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    run_chat(engine, config.sampling(), config.prompt)
+    run_chat(engine, config.sampling(), config.prompt, stop)
     return True
 
 
@@ -108,9 +111,11 @@ def batch(config: InferConfig) -> bool:
         path = os.path.expanduser(getattr(config, key))
         if os.path.exists(path) and not os.path.isfile(path):
             raise KestrelError(f"{key}={path} is not a regular file: both are read before the first answer")
-    engine = load_engine(config)
+    stop, engine = stops_of(config.stop), load_engine(config)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    return run_batch(engine, config.sampling(), Path(config.input).expanduser(), Path(config.output).expanduser())
+    files = (Path(path).expanduser() for path in (config.input, config.output))
+    options = dict(stop=stop, model=engine.name, any_model=config.any_model)
+    return run_batch(engine, config.sampling(), *files, **options)
 
 
 def refuse(config: InferConfig, *keys: str) -> None:
@@ -146,7 +151,15 @@ def load_engine(config: InferConfig) -> Engine:
         graphs=device.cuda_graph,
         speculate=config.speculate,
         quant_cache=config.quant_cache,
+        name=name_of(saved, config.quant),
     )
+
+
+def name_of(saved: Checkpoint, quant: str | None) -> str:
+    """Run, step and the first digits of the manifest's hash: the same wherever the folder lies, and for no other."""
+    run = saved.path.parent.parent if saved.path.parent.name == "checkpoints" else saved.path
+    words = [run.resolve().name, f"step {saved.step}", read_manifest(saved.path)["sha256"][:8], quant]
+    return " ".join(word for word in words if word)
 
 
 def check_hardware(hardware: HardwareConfig) -> None:

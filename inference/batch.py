@@ -2,11 +2,12 @@
 
 Every line of the input is an object with a "prompt", and whatever it wants otherwise than the command line says: any
 field of SamplingConfig, "stop" (a list of texts), "logprobs" (how many), "tools" (true: the calculator), "id" (copied).
-Every line of the output answers one: {"line", "id", "prompt", "samples": [{"text", "finish", "n_tokens"}, …]}, or
-{"line", "id", "prompt", "error"} if it does not fit. Lines come in the order in which they are done.
+Every line of the output answers one: {"line", "id", "prompt", "model", "samples": [{"text", "finish", "n_tokens"}, …]},
+or {"line", "id", "prompt", "model", "error"} if it does not fit. Lines come in the order in which they are done.
 
 The same command goes on where an earlier one stopped: what is answered is skipped, and a last line that was torn in
 the middle is written anew. A line's draws follow from the seed and its number, so nothing depends on where it stopped.
+What another model began is left alone unless any_model=true says otherwise.
 """
 
 import dataclasses
@@ -29,22 +30,36 @@ BEGINNING = b'{"line": '  # of every answer
 KEYS = {"prompt", "id", "stop", "logprobs", "tools"} | SAMPLING_KEYS
 
 
-def run_batch(engine: Engine, sampling: SamplingConfig, source: Path, target: Path) -> bool:
-    """Answer every line of `source` that `target` does not answer yet → False if interrupted."""
+def run_batch(
+    engine: Engine,
+    sampling: SamplingConfig,
+    source: Path,
+    target: Path,
+    *,
+    stop: tuple[str, ...] = (),
+    model: str | None = None,
+    any_model: bool = False,
+) -> bool:
+    """Answer every line of `source` that `target` does not answer yet → False if interrupted.
+
+    stop        for lines that do not say
+    model       its name, noted with every answer
+    any_model   go on with what another model began
+    """
     lines = read_source(source)
     if target.exists() and target.samefile(source):
         raise KestrelError(f"{target} is the input as well: name another output=")
     stopwatch = Stopwatch()
     with target.open("a", encoding="utf-8") as file:
         take_alone(file, target)
-        done = read_target(target, lines)
+        done = read_target(target, lines, None if any_model else model)
         waiting = [number for number in lines if number not in done]
         note(f"{source}: {len(lines)} lines, {len(done)} of them answered in {target} before")
         try:
-            for number, answer in answers(engine, sampling, lines, waiting, stopwatch):
-                write(
-                    file, {"line": number, "id": lines[number].get("id"), "prompt": lines[number]["prompt"], **answer}
-                )
+            for number, answer in answers(engine, sampling, stop, lines, waiting, stopwatch):
+                line = lines[number]
+                about = {"line": number, "id": line.get("id"), "prompt": line["prompt"]}
+                write(file, about | ({"model": model} if model else {}) | answer)
         except KeyboardInterrupt:
             note(stopwatch.summary() + ", interrupted: the same command goes on from here")
             return False
@@ -63,7 +78,12 @@ def take_alone(file: TextIO, path: Path) -> None:
 
 
 def answers(
-    engine: Engine, sampling: SamplingConfig, lines: dict[int, dict], waiting: list[int], stopwatch: Stopwatch
+    engine: Engine,
+    sampling: SamplingConfig,
+    stop: tuple[str, ...],
+    lines: dict[int, dict],
+    waiting: list[int],
+    stopwatch: Stopwatch,
 ) -> Iterator[tuple[int, dict]]:
     """Keep the engine busy with the lines that wait → the number and the answer of each, as soon as it is complete."""
     numbers: dict[Request, int] = {}
@@ -72,7 +92,7 @@ def answers(
     while True:
         while len(engine.queue) < engine.max_rows and (number := next(todo, None)) is not None:
             try:
-                request = engine.submit(request_of(engine, sampling, lines[number], number))
+                request = engine.submit(request_of(engine, sampling, stop, lines[number], number))
             except KestrelError as error:
                 yield number, {"error": str(error)}
                 continue
@@ -91,13 +111,13 @@ def answers(
                 yield numbers.pop(event.request), {"samples": samples}
 
 
-def request_of(engine: Engine, sampling: SamplingConfig, line: dict, number: int) -> Request:
+def request_of(engine: Engine, sampling: SamplingConfig, stop: tuple[str, ...], line: dict, number: int) -> Request:
     """What a line asks for; by default with draws of its own."""
     changes = {"seed": (sampling.seed + number) % 2**63} | {key: line[key] for key in SAMPLING_KEYS & line.keys()}
     return Request(
         engine.encode(line["prompt"]),
         dataclasses.replace(sampling, **changes),
-        stop=tuple(line.get("stop", ())),
+        stop=tuple(line.get("stop", stop)),
         logprobs=line.get("logprobs"),
         tool=calculate if line.get("tools") else None,
     )
@@ -171,8 +191,11 @@ def check(line: Any, where: str) -> None:
         raise KestrelError(f"{where}: {error}") from error
 
 
-def read_target(path: Path, lines: dict[int, dict]) -> set[int]:
-    """Which lines are answered already; what a torn last line left is cut off."""
+def read_target(path: Path, lines: dict[int, dict], model: str | None = None) -> set[int]:
+    """Which lines are answered already; what a torn last line left is cut off.
+
+    model   refuse what another one answered; None: whoever answered
+    """
     if not path.exists():
         return set()
     data = path.read_bytes()
@@ -187,6 +210,11 @@ def read_target(path: Path, lines: dict[int, dict]) -> set[int]:
             fits = False
         if not fits:
             raise KestrelError(f"{path} holds something else than answers to this input: name another output=")
+        if model is not None and (other := answer.get("model", model)) != model:
+            raise KestrelError(
+                f"{path} was begun by {other!s:.200}, and this is {model}: name another output=, or the former with "
+                "ckpt=, or take any_model=true"
+            )
         done.add(number)
     torn = data[len(whole) :]
     if not BEGINNING.startswith(torn[: len(BEGINNING)]):

@@ -31,8 +31,8 @@ NUMBERS = {"/temperature": ("temperature", float), "/topk": ("top_k", int)}
 class Chat:
     """A conversation with a model."""
 
-    def __init__(self, engine: Engine, sampling: SamplingConfig) -> None:
-        self.engine, self.sampling = engine, sampling
+    def __init__(self, engine: Engine, sampling: SamplingConfig, stop: tuple[str, ...] = ()) -> None:
+        self.engine, self.sampling, self.stop = engine, sampling, stop
         self.n_turns = 0
         self.clear()
 
@@ -51,7 +51,7 @@ class Chat:
             *encode(text, prepend="<|user_start|>", append="<|user_end|>"),
             special("<|assistant_start|>"),
         ]
-        request = Request(ids, self.next_sampling(len(ids)), tool=calculate)
+        request = Request(ids, self.next_sampling(len(ids)), self.stop, tool=calculate)
         self.engine.limit_of(request)
         return self.read(request)
 
@@ -99,8 +99,8 @@ class Chat:
         return True
 
 
-def run_chat(engine: Engine, sampling: SamplingConfig, first: str | None = None) -> None:
-    """Talk until /quit or the end of the input; `first` is said before anything is read."""
+def run_chat(engine: Engine, sampling: SamplingConfig, first: str | None = None, stop: tuple[str, ...] = ()) -> None:
+    """Talk until /quit or the end of the input; `first` is said before anything is read, `stop` ends an answer."""
     if sampling.num_samples != 1:
         raise KestrelError(f"mode=chat gives one answer at a time: leave num_samples={sampling.num_samples} out")
     if sys.stdin is None:
@@ -109,7 +109,7 @@ def run_chat(engine: Engine, sampling: SamplingConfig, first: str | None = None)
         sys.stdin.reconfigure(errors="replace")
     with suppress(ImportError):  # not on Windows: lines are then typed without history
         import readline  # noqa: F401  input() edits lines and remembers them once this is imported
-    chat = Chat(engine, sampling)
+    chat = Chat(engine, sampling, stop)
     note(HELP)
     line = first or next_line()
     while line is not None:

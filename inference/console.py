@@ -8,39 +8,44 @@ import os
 import select
 import stat
 import sys
+from contextlib import closing
 
 from errors import KestrelError
 from inference.bandwidth import share_of_bandwidth
 from inference.engine import Engine
+from inference.request import Request
 from inference.sampling import SamplingConfig
 from inference.stopwatch import Stopwatch
-from inference.text import TextStream
 
 PATIENCE_S = 1.0  # how long a pipe nobody mentioned may take to say something; some are open and silent for ever
 
 
-def tell(engine: Engine, prompt: str, sampling: SamplingConfig, *, stream: bool = True) -> bool:
+def tell(
+    engine: Engine, prompt: str, sampling: SamplingConfig, *, stream: bool = True, stop: tuple[str, ...] = ()
+) -> bool:
     """Print the prompt and how it goes on: the first sample live, the others after it. → False if interrupted
 
     A prompt that does not fit is refused before anything is printed.
     """
     stopwatch = Stopwatch()
-    columns = stopwatch.watch(engine.generate(engine.encode(prompt), sampling))
-    streams = [TextStream(engine.tokenizer) for _ in range(sampling.num_samples)]
-    pieces = [[prompt] for _ in streams]
+    request = Request(engine.encode(prompt), sampling, stop)
+    engine.limit_of(request)
+    pieces = [[prompt] for _ in range(sampling.num_samples)]
     complete = True
-    show(title(0, sampling.num_samples) + (pieces[0].pop() if stream else ""))
+    show(title(0, len(pieces)) + (pieces[0].pop() if stream else ""))
     try:
-        for column in columns:
-            for text, told, token in zip(streams, pieces, column):
-                told += [] if token is None else [text.push(token)]
-            if stream:
-                show("".join(pieces[0]))
-                pieces[0].clear()
+        with closing(engine.follow(request)) as steps:
+            for events in steps:
+                stopwatch.count(sum(event.token is not None for event in events))
+                for event in events:
+                    pieces[event.sample].append(event.text)
+                if stream:
+                    show("".join(pieces[0]))
+                    pieces[0].clear()
     except KeyboardInterrupt:
         complete = False
-    for i, (text, told) in enumerate(zip(streams, pieces)):
-        show((title(i, len(streams)) if i > 0 else "") + "".join(told) + text.finish() + "\n")
+    for i, told in enumerate(pieces):
+        show((title(i, len(pieces)) if i > 0 else "") + "".join(told) + "\n")
     share = share_of_bandwidth(engine, stopwatch.telling_s)
     note(stopwatch.summary(share) + ("" if complete else ", interrupted"))
     return complete

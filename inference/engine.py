@@ -58,6 +58,7 @@ class Engine:
     prefill_chunk   tokens of prompts that are read between two steps of decoding
     reuse_prefixes  keep the pages of prompts that were read, for prompts with the same beginning
     lag             how many steps later tokens are handed out: 0, or 1; None: 1 on a GPU
+    name            who answers, for files and logs
     quant_cache     keep keys and values in 8 bits: int8 or fp8; None: in the model's dtype
     speculate       how many tokens to guess from what was said before, while one greedy row is alone at work; 0: none
     graphs          whether steps of decoding are recorded in CUDA graphs (rows.DecodeStep); None: on a GPU
@@ -77,6 +78,7 @@ class Engine:
         graphs: bool | None = None,
         speculate: int = 0,
         quant_cache: str | None = None,
+        name: str | None = None,
     ) -> None:
         if model.vocab_size != tokenizer.vocab_size:
             raise KestrelError(
@@ -84,12 +86,13 @@ class Engine:
                 "they are not from the same run"
             )
         numbers = {"max_rows": max_rows, "page": page, "prefill_chunk": prefill_chunk, "cache_tokens": cache_tokens}
-        for name, value in numbers.items():
+        for key, value in numbers.items():
             if value is not None and value < 1:
-                raise KestrelError(f"{name} must be at least 1, got {value}")
+                raise KestrelError(f"{key} must be at least 1, got {value}")
         if speculate < 0:
             raise KestrelError(f"speculate must be at least 0, got {speculate}")
         check_quant_cache(quant_cache)
+        self.name = name
         self.model, self.tokenizer, self.max_rows, self.prefill_chunk = model, tokenizer, max_rows, prefill_chunk
         self.device = next(model.parameters()).device
         is_gpu = self.device.type == "cuda"

@@ -1,5 +1,6 @@
 """What is asked of the engine, what it answers, and what the host remembers of a row in between."""
 
+import json
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from inference.text import StopStrings, TextStream
 from inference.tools import Tool, ToolUse
 
 MAX_LOGPROBS = 20
+MAX_STOPS, MAX_STOP_LENGTH = 64, 1000  # every piece of text is compared with all of them
 
 
 @dataclass(eq=False)
@@ -31,8 +33,29 @@ class Request:
     def __post_init__(self) -> None:
         if isinstance(self.stop, str) or not all(isinstance(stop, str) and stop for stop in self.stop):
             raise KestrelError(f"stop must be a list of texts that are not empty, got {self.stop!r:.80}")
+        longest = max(map(len, self.stop), default=0)
+        if len(self.stop) > MAX_STOPS or longest > MAX_STOP_LENGTH:
+            raise KestrelError(
+                f"stop must be at most {MAX_STOPS} texts of at most {MAX_STOP_LENGTH} characters, "
+                f"got {len(self.stop)}, the longest of {longest}"
+            )
         if self.logprobs is not None and not 0 <= self.logprobs <= MAX_LOGPROBS:
             raise KestrelError(f"logprobs must be between 0 and {MAX_LOGPROBS}, or null (none), got {self.logprobs}")
+
+
+def stops_of(text: str | None) -> tuple[str, ...]:
+    """What the key stop= means: one text as typed, or several as a list in JSON, where \\n is a new line."""
+    if text is None:
+        return ()
+    stops = [text]
+    if text.startswith("["):
+        try:
+            stops = json.loads(text)
+        except ValueError as error:
+            raise KestrelError(
+                f'stop={text:.80} begins like a list and is none in JSON ({error}): write stop=\'["one", "another"]\''
+            ) from error
+    return Request([], stop=tuple(stops)).stop
 
 
 class Event(NamedTuple):

@@ -23,6 +23,8 @@ class Stopwatch:
 
     def count(self, n_tokens: int) -> None:
         """So many tokens are here now."""
+        if n_tokens == 0:
+            return
         self.last = time.perf_counter()
         self.n_tokens += n_tokens
         if self.first is None:

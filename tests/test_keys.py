@@ -275,9 +275,12 @@ FLIPS: dict[str, dict[str, Flip]] = {
         "input": Flip("others.jsonl", "answered", BATCH),
         "output": Flip("elsewhere.jsonl", "answered", BATCH),
         "max_rows": Flip("2", "engine_rows", BATCH),
+        "any_model": Flip("true", "answered_after_another", BATCH),
+        "stop": Flip("e", "told"),
         "speculate": Flip("3", "engine_guesses"),
         "quant": Flip("int8", "engine_codes"),
         "quant_group": Flip("64", "engine_codes", ("quant=int4",)),
+        "quant_cache": Flip("int8", "engine_cache"),
         "ckpt": Flip("{runs}/a", "told"),
         "prompt": Flip("xyz", "told"),
         "stream": Flip("false", "told_in_pieces"),
@@ -666,6 +669,18 @@ class Witness:
         """The answers to a file of prompts, and where they are."""
         infer.main(run)
         return {path.name: path.read_text() for path in self.here.glob("*.jsonl") if "samples" in path.read_text()}
+
+    def answered_after_another(self, run: InferConfig) -> str:
+        """What is said to an output that another model began."""
+        infer.main(replace(run, ckpt=f"{run.runs_dir}/a"))
+        try:
+            infer.main(run)
+        except KestrelError as error:
+            return str(error).partition("was begun by a step 6")[1]
+        return "nothing was said"
+
+    def engine_cache(self, run: InferConfig) -> torch.dtype:
+        return infer.load_engine(run).cache.k.dtype
 
     def engine_rows(self, run: InferConfig) -> int:
         return infer.load_engine(run).max_rows

@@ -96,6 +96,29 @@ def test_a_line_may_want_something_else(tmp_path):
     assert answers[9]["prompt"] == "line\u2028break é"
 
 
+def test_stop_texts_are_for_lines_that_name_none(tmp_path):
+    source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    wants = [{"prompt": "a"}, {"prompt": "b", "stop": ["e"]}, {"prompt": "c", "stop": []}]
+    source.write_text("".join(json.dumps(want) + "\n" for want in wants))
+    run_batch(scripted([*b"abcdef", END], max_rows=1), SamplingConfig(temperature=0), source, target, stop=("cd",))
+    assert [answer["samples"][0]["text"] for answer in read(target).values()] == ["ab", "abcd", "abcdef"]
+
+
+def test_every_answer_names_its_model_and_none_goes_on_with_anothers(source, tmp_path):
+    target = tmp_path / "answers.jsonl"
+    run_batch(real(), DRAWN, source, target, model="fox step 5")
+    whole = target.read_text().splitlines(keepends=True)
+    assert {json.loads(line)["model"] for line in whole} == {"fox step 5"}
+    target.write_text("".join(whole[:5]))
+    with pytest.raises(
+        KestrelError, match=r"begun by fox step 5, and this is owl step 5: name another output=, .*any_mo"
+    ):
+        run_batch(scripted(), DRAWN, source, target, model="owl step 5")
+    assert target.read_text() == "".join(whole[:5])
+    run_batch(real(), DRAWN, source, target, model="owl step 5", any_model=True)
+    assert [json.loads(line)["model"][:3] for line in target.read_text().splitlines()] == ["fox"] * 5 + ["owl"] * 7
+
+
 @pytest.mark.parametrize(
     ("line", "says"),
     [

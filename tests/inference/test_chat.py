@@ -44,6 +44,12 @@ def test_a_conversation_grows_in_the_form_chat_models_know():
     assert engine.pool.n_held == 0
 
 
+def test_a_stop_text_ends_an_answer():
+    chat = Chat(scripted([*b"one. two.", END]), GREEDY, stop=(". ",))
+    assert say(chat, "count") == "one"
+    assert chat.ids[-5:] == [*b"ne. ", END]  # what was said stays said
+
+
 def test_what_was_read_before_is_not_read_again():
     engine = scripted([*b"yes", END], page=4)
     chat = Chat(engine, GREEDY)

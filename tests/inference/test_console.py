@@ -55,7 +55,7 @@ def test_a_stream_is_the_full_decode_byte_for_byte_and_never_half_a_character(mo
     shown = [text for _, text in out.arrived]
     assert shown.count("🦊") == 2
     assert "".join(shown).count("�") == 1  # the fox that never came whole
-    assert shown[-1] == "�\n"
+    assert shown[-2:] == ["�", "\n"]
 
 
 def test_without_streaming_the_text_comes_at_the_end(monkeypatch):
@@ -88,6 +88,15 @@ def test_ctrl_c_ends_the_line_and_shows_what_was_told(monkeypatch, capsys):
     assert out == "--- sample 1 of 2 ---\n>abc\n--- sample 2 of 2 ---\n>axx\n"
     assert err.startswith("6 tokens")
     assert err.endswith("interrupted\n")
+
+
+def test_a_stop_text_ends_each_sample_for_itself_and_is_not_shown(monkeypatch):
+    """Whatever tokens it lies in; what only began like one is shown."""
+    engine = scripted([*b"ab, the e", *b"nd of it", END], [*b"athe eel", END])
+    sampling = SamplingConfig(max_new_tokens=30, temperature=0, num_samples=2)
+    out = told(engine, "x", sampling, monkeypatch, stop=("zz", "the end"))
+    assert out.text == "--- sample 1 of 2 ---\nxab, \n--- sample 2 of 2 ---\nxathe eel\n"
+    assert engine.pool.n_held == 0
 
 
 def test_a_prompt_that_does_not_fit_prints_nothing(capsys):

@@ -1,6 +1,7 @@
 """The command: any prompt as typed, every mistake one line, everything about the model from its checkpoint."""
 
 import dataclasses
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import checkpoint
 import infer
 from config import InferConfig, compose, run_command
 from errors import KestrelError
+from inference.request import stops_of
 from inference.sampling import SamplingConfig
 from model import LanguageModel, config_to_dict
 from tests.inference.scripted import BOS, BYTES, END
@@ -107,6 +109,42 @@ def test_a_prompt_arrives_as_typed(prompt, monkeypatch):
     config = typed(monkeypatch, f"prompt={prompt}", "top_k=3")
     assert config.prompt == prompt
     assert config.top_k == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "stops"),
+    [
+        ("The end", ("The end",)),
+        (", [a]", (", [a]",)),
+        ('["\\n\\n", "x, y"]', ("\n\n", "x, y")),
+        ("[]", ()),
+        (None, ()),
+    ],
+)
+def test_stop_is_a_text_or_a_list_of_them(typed, stops, monkeypatch):
+    assert stops_of(typed) == stops
+
+
+@pytest.mark.parametrize(
+    ("typed", "says"),
+    [
+        ("", "texts that are not empty, got ('',)"),
+        ('["a", ""]', "texts that are not empty, got ('a', '')"),
+        ("[1]", "texts that are not empty, got (1,)"),
+        ("[a", "stop=[a begins like a list and is none in JSON"),
+        ("x" * 1001, "stop must be at most 64 texts of at most 1000 characters, got 1, the longest of 1001"),
+        (str(["x"] * 65).replace("'", '"'), "got 65, the longest of 1"),
+    ],
+    ids=lambda value: str(value)[:12],
+)
+def test_a_stop_text_that_cannot_be_meant_is_one_sentence(typed, says, runs, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["infer.py", f"stop={typed}", f"runs_dir={runs}"])
+    with pytest.raises(SystemExit) as left:
+        run_command("infer", infer.main, raw_keys=infer.RAW_KEYS)
+    assert left.value.code == 2
+    said = capsys.readouterr().err
+    assert says in said
+    assert said.count("\n") == 1
 
 
 def test_paths_arrive_as_typed(monkeypatch):
@@ -211,6 +249,17 @@ def test_dtype_is_that_of_the_run_unless_asked_otherwise(tmp_path, capsys):
         assert engine.model.dtype == got
         assert {p.dtype for p in engine.model.parameters() if p.dim() == 2} == {got}
         assert f"cpu, {str(got).removeprefix('torch.')}," in capsys.readouterr().err
+
+
+def test_an_engine_knows_who_it_is(runs, tmp_path):
+    """Run, step, hash: the same from another place, another for other weights."""
+    names = {infer.load_engine(config_for(ckpt=runs / "older")).name}
+    names.add(infer.load_engine(config_for(ckpt=next((runs / "older" / "checkpoints").iterdir()))).name)
+    assert re.fullmatch("older step 3 [0-9a-f]{8}", *names)
+    save_run(tmp_path / "older", llama(), step=3, seed=1)
+    for changes in ((), ("quant=int8",)):
+        names.add(infer.load_engine(config_for(*changes, ckpt=tmp_path / "older")).name)
+    assert len(names) == 3
 
 
 def test_a_small_model_takes_one_thread_unless_asked_otherwise(runs):
