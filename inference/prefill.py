@@ -78,7 +78,7 @@ class Prefill:
         blocks = shared + self.pool.allocate(n_prompt - len(shared))
         n_known = len(shared) * page
         self.row.begin(0, blocks, n_known, known[-1].states if known else {})
-        self.row.reach(self.cache.reach_for(len(blocks)))
+        self.row.reach(self.cache.reach_for(-(-(len(ids) + PAD_TO - 1) // page)))  # padding needs a place, too
         reserved = self.pool.allocate(n_all - n_prompt)
         return Prompt(request, limit, page, blocks, reserved, n_known, known[-1].id if known else ROOT)
 

@@ -126,6 +126,17 @@ def test_a_lone_row_needs_no_company_to_compute_with():
     assert {step.slice.stop for step in engine.steps.values()} == {1}
 
 
+@pytest.mark.parametrize("page", [1, 3, 6, 30])
+@pytest.mark.parametrize("max_rows", [1, 3])
+def test_pages_of_any_size_have_room_for_padding(page, max_rows):
+    for n, chunk in ((1, 5), (6, 1000), (30, 7), (181, 1000)):
+        request = Request(tokens(n).tolist(), SamplingConfig(max_new_tokens=9, temperature=0))
+        engine = real("2026", max_rows=max_rows, page=page, prefill_chunk=chunk)
+        assert tokens_of(run(engine, [request])[request]) == generate_naive(
+            engine, request.prompt_ids, request.sampling
+        )
+
+
 def test_greedy_tokens_are_those_of_triton():
     check_triton(
         32, torch.device("cpu"), nanochat(depth=1, aspect_ratio=24, head_dim=24, sequence_len=64, **NANOCHAT_2026)
