@@ -106,7 +106,8 @@ def init(hardware: HardwareConfig, *, timeout_s: float = 1800.0) -> Device:
     rank, local_rank, world_size = read_ranks(os.environ)
     device = choose_device(hardware.device, local_rank)
     dtype = choose_dtype(hardware.dtype, device)
-    cuda_graph = choose_cuda_graph(hardware, device, dtype, world_size)
+    one_machine = os.environ.get("LOCAL_WORLD_SIZE", str(world_size)) == str(world_size)
+    cuda_graph = choose_cuda_graph(hardware, device, dtype, one_machine)
     if hardware.fp8:
         require_fp8(device, dtype)
     if hardware.threads is not None:
@@ -208,12 +209,17 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return DTYPES[name]
 
 
-def choose_cuda_graph(hardware: HardwareConfig, device: torch.device, dtype: torch.dtype, world_size: int = 1) -> bool:
-    """auto: where there is one GPU, unless its dtype, torch.compile or Triton's interpreter speak against it."""
+def choose_cuda_graph(
+    hardware: HardwareConfig, device: torch.device, dtype: torch.dtype, one_machine: bool = True
+) -> bool:
+    """auto: on the GPUs of one machine, unless their dtype, torch.compile or Triton's interpreter speak against it.
+
+    Messages between machines in graphs have not been tried.
+    """
     is_gpu, is_fp16 = device.type == "cuda", dtype == torch.float16
     wanted = hardware.cuda_graph
     if wanted == "auto":
-        return is_gpu and world_size == 1 and not is_fp16 and not hardware.compile and not is_interpreted()
+        return is_gpu and one_machine and not is_fp16 and not hardware.compile and not is_interpreted()
     if wanted == "false":
         return False
     if not is_gpu:

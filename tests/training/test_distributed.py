@@ -131,8 +131,8 @@ def test_dtype_the_device_lacks_is_refused(pretend_gpu):
     assert choose_dtype("bfloat16", CPU) == torch.bfloat16
 
 
-def graphs(device, dtype=torch.bfloat16, world_size=1, **changes):
-    return choose_cuda_graph(HardwareConfig(**changes), device, dtype, world_size)
+def graphs(device, dtype=torch.bfloat16, one_machine=True, **changes):
+    return choose_cuda_graph(HardwareConfig(**changes), device, dtype, one_machine)
 
 
 def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
@@ -140,9 +140,9 @@ def test_steps_are_captured_where_there_is_a_gpu(monkeypatch):
     assert graphs(GPU)
     assert graphs(GPU, cuda_graph="auto")
     assert not graphs(CPU)
-    assert not graphs(GPU, world_size=2)  # unless it is asked for
-    assert graphs(GPU, cuda_graph="true", world_size=2)
-    assert graphs(GPU, cuda_graph="local", world_size=2)
+    assert not graphs(GPU, one_machine=False)  # unless it is asked for
+    assert graphs(GPU, cuda_graph="true", one_machine=False)
+    assert graphs(GPU, cuda_graph="local", one_machine=False)
     assert not graphs(GPU, torch.float16)  # its scale changes on the way
     assert not graphs(GPU, compile=True)  # the baseline that everyone knows
     assert graphs(GPU, compile=True, cuda_graph="true")
