@@ -1,18 +1,14 @@
 """Matrix products on Hopper whose result becomes something else while the tensor cores are already at the next one.
 
     capped_logits        e = exp(ẑ) · (1 − (ẑ / C)²) and sums of exp(ẑ), where ẑ = C · tanh(x wᵀ / C)    linear_cross_entropy.py
+    relu2_product        y = relu(x wᵀ)²                                                                 matmul.py
     relu2_grad_product   dz = 2 √y · (dy w)                                                              matmul.py
 
 One program a processor goes from tile to tile. Its warps have roles. One has the copy engine bring blocks of both factors,
-BK terms of the sum at a time, into a ring in shared memory. Two groups of four warps multiply, and what they have to do with
-their sums is to fall into the time in which the other group has the tensor cores:
-
-    in turns    each group has every second tile for its own, and passes the turn on when its last product is issued
-    LAG > 0     each group has half of the rows of every tile, so that one block of columns serves both, and the second
-                group starts LAG blocks after the first: it still has some to multiply when the first is through
-
-In turns the tensor cores hardly notice the exponentials; with LAG, whatever it is, most of them is still seen. relu2_grad_product
-needs room for y and was tried with LAG only.
+BK terms of the sum at a time, into a ring in shared memory. Two groups of four warps take turns: each has every second tile
+for its own, multiplies, and passes the turn on when its last product is issued. What it has to do with its sums falls into
+the time in which the other group has the tensor cores, which hardly notice. To have each group multiply half of the rows of
+every tile, the second some blocks behind the first, left most of that time to be seen.
 
 Results leave in pieces of 64 columns, through shared memory and by the copy engine. Each value has one writer and each sum
 one order, whoever is done first.
@@ -26,7 +22,7 @@ from torch import Tensor
 
 from kernels_triton.attention.hopper.api import TensorDescriptor, gl, gluon, mbarrier, new_barriers
 from kernels_triton.launch import ceil_div, launch_with_descriptors, n_processors
-from kernels_triton.primitives import relu2_grad, tanh
+from kernels_triton.primitives import relu2, relu2_grad, tanh
 
 from kernels_triton.attention.hopper.api import (  # isort: skip
     fence_async_shared, threads_meet, tma_load, tma_store, tma_store_wait, warpgroup_mma, warpgroup_mma_wait,
@@ -35,28 +31,33 @@ from kernels_triton.attention.hopper.api import (  # isort: skip
 
 class Product(NamedTuple):
     """Tiles of BM × BN, BK terms of the sum at a time, `stages` blocks in the ring; `group` tiles of rows go over the columns
-    together. LAG: see above, 0 is in turns."""
+    together."""
 
     BM: int
     BN: int
     BK: int
     stages: int
-    LAG: int
     group: int
 
 
 # H200, bf16, µs beside the kernel of linear_cross_entropy.py and cuBLAS alone, in the same turns; 4096 × D × 32768:
-#     D = 384     180    128 × 256 with LAG 1, 2, 3: 231, 229, 233, BK 32 with LAG 5: 216, without LAG 220     259    174
-#     D = 768     296    384, 383, 384, 369, 378                                                               395    314
-#     D = 1280    506    553, 555, 553, 547, 547                                                               564    478
-# Half of the exponentials from a polynomial, with LAG 2: 229, 377, 546.
-CAPPED_LOGITS = Product(BM=128, BN=128, BK=64, stages=6, LAG=0, group=32)
+#     D = 384     180    259    174
+#     D = 768     296    395    314
+#     D = 1280    506    564    478
+CAPPED_LOGITS = Product(BM=128, BN=128, BK=64, stages=6, group=32)
 
-# µs beside the kernel of matmul.py and cuBLAS alone:
-#     65536 × 768 × 3072     493    LAG 2 498, group 16 497, BK 64 with 3 stages 527    581    432
-#     32768 × 1280 × 5120    679    677, 677, 732                                       791    624
-#     65536 × 384 × 1536     182    188, 184, 208                                       236    157
-RELU2_GRAD = Product(BM=128, BN=256, BK=32, stages=6, LAG=3, group=8)
+# µs, with group 32, with five stages and two buffers a group for what leaves; the kernel of matmul.py and cuBLAS alone:
+#     65536 × 768 × 3072     401    421    434    438    422
+#     32768 × 1280 × 5120    614    612    628    682    663
+#     65536 × 384 × 1536     132    132    137    166    156
+RELU2 = Product(BM=128, BN=128, BK=64, stages=6, group=8)
+
+# µs, with group 16 and 32; half of the rows for each group (128 × 256, BK 32), the kernel of matmul.py (of another run) and
+# cuBLAS alone:
+#     65536 × 768 × 3072     470    475, 467    502    (591)    463
+#     32768 × 1280 × 5120    633    647, 660    716    (791)    662
+#     65536 × 384 × 1536     153    154, 155    180    (236)    150
+RELU2_GRAD = Product(BM=128, BN=128, BK=64, stages=5, group=8)
 
 REGISTERS = 240  # a thread of a group, 24 one of the warps that load: together all that a processor has
 
@@ -77,12 +78,12 @@ def _next(slot, phase, n: gl.constexpr):
 
 
 @gluon.jit
-def _quarters(b):
-    """[64, BN] → four pieces [64, BN / 4], in the registers in which they are."""
-    left, right = _halves(b)
-    b_0, b_1 = _halves(left)
-    b_2, b_3 = _halves(right)
-    return b_0, b_1, b_2, b_3
+def _behind(slot, phase, n_k, n: gl.constexpr):
+    """The slot behind n_k blocks from this one on, and its phase."""
+    slot += n_k % n
+    phase ^= (n_k // n) & 1
+    phase = gl.where(slot >= n, phase ^ 1, phase)
+    return gl.where(slot >= n, slot - n, slot), phase
 
 
 @gluon.jit
@@ -95,10 +96,9 @@ def _halves(b):
 @gluon.jit
 def _load(
     a, b, a_s, b_s, full, empty, n_m, n_n, n_k, group,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, B_IS_KN: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, B_IS_KN: gl.constexpr,
 ):
-    """One warp: a [M, K], in PARTS for as many groups, and b, [N, K] or [K, N], block by block."""
-    PM: gl.constexpr = BM // PARTS
+    """One warp: a [M, K] and b, [N, K] or [K, N], block by block."""
     slot, phase = 0, 1
     for i in range(gl.program_id(0), n_m * n_n, gl.num_programs(0)):
         i_m, i_n = _place(i, n_m, n_n, group)
@@ -110,49 +110,52 @@ def _load(
                 tma_load(b, [k * BK, i_n * BN], arrived, b_s.index(slot))
             else:
                 tma_load(b, [i_n * BN, k * BK], arrived, b_s.index(slot))
-            for w in gl.static_range(PARTS):
-                tma_load(a, [i_m * BM + w * PM, k * BK], arrived, a_s.index(slot * PARTS + w))
+            tma_load(a, [i_m * BM, k * BK], arrived, a_s.index(slot))
             slot, phase = _next(slot, phase, STAGES)
+
+
+@gluon.jit
+def _begin(W: gl.constexpr, n_k, STAGES: gl.constexpr):
+    """Of the W-th group: its first tile, where in the ring that lies, and the phase of its first turn."""
+    tile, slot, phase = gl.program_id(0), 0, 0
+    if W == 1:
+        tile += gl.num_programs(0)
+        slot, phase = _behind(slot, phase, n_k, STAGES)
+    return tile, slot, phase, 1 - W
 
 
 @gluon.jit
 def _product(
     W: gl.constexpr, a_s, b_s, full, empty, turn, taken, slot, phase, n_k, turn_phase,
-    BN: gl.constexpr, STAGES: gl.constexpr, PARTS: gl.constexpr, LAG: gl.constexpr, B_IS_KN: gl.constexpr,
+    BN: gl.constexpr, STAGES: gl.constexpr, B_IS_KN: gl.constexpr,
 ):
-    """The W-th group's sums, and where the ring is after them. In PARTS of a tile the second group starts LAG blocks after the
-    first, else they take turns. `taken` is told when the tile before has left."""
-    PM: gl.constexpr = a_s.shape[1]
-    P: gl.constexpr = W if PARTS == 2 else 0
+    """The W-th group's sums, and where in the ring its next tile lies: the one after this is the other group's.
+    `taken` is told when the tile before has left."""
+    BM: gl.constexpr = a_s.shape[1]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, 16])
-    if PARTS == 1:
-        mbarrier.wait(turn.index(W), turn_phase)
-    elif W == 1:
-        mbarrier.wait(turn.index(0), turn_phase)
-    b_c = gl.zeros([PM, BN], gl.float32, layout)                                                        # [PM, BN]
+    mbarrier.wait(turn.index(W), turn_phase)
+    b_c = gl.zeros([BM, BN], gl.float32, layout)                                                        # [BM, BN]
     mbarrier.wait(full.index(slot), phase)
     b_b = b_s.index(slot) if B_IS_KN else b_s.index(slot).permute((1, 0))
-    b_c = warpgroup_mma(a_s.index(slot * PARTS + P), b_b, b_c, use_acc=False, is_async=True)
+    b_c = warpgroup_mma(a_s.index(slot), b_b, b_c, use_acc=False, is_async=True)
     if taken is not None:
         tma_store_wait(0)
         mbarrier.arrive(taken.index(W), count=1)
     b_c = warpgroup_mma_wait(1, deps=[b_c])
     before = slot
     slot, phase = _next(slot, phase, STAGES)
-    for k in range(1, n_k):
+    for _ in range(1, n_k):
         mbarrier.wait(full.index(slot), phase)
         b_b = b_s.index(slot) if B_IS_KN else b_s.index(slot).permute((1, 0))
-        b_c = warpgroup_mma(a_s.index(slot * PARTS + P), b_b, b_c, is_async=True)
-        if PARTS == 2 and W == 0:
-            mbarrier.arrive(turn.index(0), count=1, pred=k == LAG)
+        b_c = warpgroup_mma(a_s.index(slot), b_b, b_c, is_async=True)
         b_c = warpgroup_mma_wait(1, deps=[b_c])
         mbarrier.arrive(empty.index(before), count=1)
         before = slot
         slot, phase = _next(slot, phase, STAGES)
-    if PARTS == 1:
-        mbarrier.arrive(turn.index(1 - W), count=1)
+    mbarrier.arrive(turn.index(1 - W), count=1)
     b_c = warpgroup_mma_wait(0, deps=[b_c])
     mbarrier.arrive(empty.index(before), count=1)
+    slot, phase = _behind(slot, phase, n_k, STAGES)
     return b_c, slot, phase
 
 
@@ -195,26 +198,14 @@ def _capped_tiles(
     W: gl.constexpr, x_s, w_s, e, e_s, sums, full, empty, turn, N, V, n_m, n_n, n_k, group, inverse_cap, cap_in_bits,
     BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr,
 ):
-    """Four warps: every second tile, beginning with the W-th, whose blocks lie in the ring behind those of the tile before."""
-    slot, phase, turn_phase = 0, 0, 0
-    first, step = gl.program_id(0), gl.num_programs(0)
-    if W == 1:
-        slot = n_k % STAGES
-        phase = (n_k // STAGES) & 1
-        first += step
-    if W == 0:
-        turn_phase = 1
-    step *= 2
-    for i in range(first, n_m * n_n, step):
+    """Four warps: every second tile."""
+    first, slot, phase, turn_phase = _begin(W, n_k, STAGES)
+    for i in range(first, n_m * n_n, 2 * gl.num_programs(0)):
         i_m, i_n = _place(i, n_m, n_n, group)
         b_z, slot, phase = _product(
-            W, x_s, w_s, full, empty, turn, None, slot, phase, n_k, turn_phase, BN, STAGES, 1, 0, False,
+            W, x_s, w_s, full, empty, turn, None, slot, phase, n_k, turn_phase, BN, STAGES, False,
         )
         turn_phase ^= 1
-        slot += n_k % STAGES
-        phase ^= (n_k // STAGES) & 1
-        phase = gl.where(slot >= STAGES, phase ^ 1, phase)
-        slot = gl.where(slot >= STAGES, slot - STAGES, slot)
         row, col = i_m * BM, i_n * BN
         b_left, b_right = _halves(b_z)                                                                  # [BM, BN / 2]
         b_sum = _capped_piece(b_left, e, e_s.index(W), row, col, inverse_cap, cap_in_bits, V, MASKED)
@@ -245,7 +236,54 @@ def _capped_logits_kernel(
             1, x_s, w_s, e, e_s, sums, full, empty, turn, N, V, n_m, n_n, n_k, group, inverse_cap, cap_in_bits,
             BM, BN, STAGES, MASKED,
         )),
-        (_load, (x, w, x_s, w_s, full, empty, n_m, n_n, n_k, group, BM, BN, BK, STAGES, 1, False)),
+        (_load, (x, w, x_s, w_s, full, empty, n_m, n_n, n_k, group, BM, BN, BK, STAGES, False)),
+    ], [4, 1], [REGISTERS, 24])  # fmt: skip
+
+
+@gluon.jit
+def _relu2_piece(b_z, y, y_s, row, col):
+    """[BM, BN / 2] of x wᵀ: y is on its way."""
+    b_y = relu2(b_z)
+    tma_store_wait(0)  # the piece before has left the buffer
+    threads_meet()
+    _store(y, row, col, b_y, y_s)
+
+
+@gluon.jit
+def _relu2_tiles(
+    W: gl.constexpr, x_s, w_s, y, y_s, full, empty, turn, n_m, n_n, n_k, group,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
+):
+    """Four warps: every second tile."""
+    first, slot, phase, turn_phase = _begin(W, n_k, STAGES)
+    for i in range(first, n_m * n_n, 2 * gl.num_programs(0)):
+        i_m, i_n = _place(i, n_m, n_n, group)
+        b_z, slot, phase = _product(
+            W, x_s, w_s, full, empty, turn, None, slot, phase, n_k, turn_phase, BN, STAGES, False,
+        )
+        turn_phase ^= 1
+        b_left, b_right = _halves(b_z)                                                                  # [BM, BN / 2]
+        _relu2_piece(b_left, y, y_s.index(W), i_m * BM, i_n * BN)
+        _relu2_piece(b_right, y, y_s.index(W), i_m * BM, i_n * BN + BN // 2)
+    tma_store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["n_m", "n_n", "n_k", "group"])
+def _relu2_kernel(
+    x, w, y, n_m, n_n, n_k, group,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+):
+    """x [N, D], w [F, D] and y [N, F] are descriptors."""
+    x_s = gl.allocate_shared_memory(x.dtype, [STAGES, BM, BK], x.layout)
+    w_s = gl.allocate_shared_memory(x.dtype, [STAGES, BN, BK], w.layout)
+    y_s = gl.allocate_shared_memory(x.dtype, [2, BM, BN // 2], y.layout)
+    full, empty, turn = new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(2, 1)
+    fence_async_shared()
+    threads_meet()
+    gl.warp_specialize([
+        (_relu2_tiles, (0, x_s, w_s, y, y_s, full, empty, turn, n_m, n_n, n_k, group, BM, BN, STAGES)),
+        (_relu2_tiles, (1, x_s, w_s, y, y_s, full, empty, turn, n_m, n_n, n_k, group, BM, BN, STAGES)),
+        (_load, (x, w, x_s, w_s, full, empty, n_m, n_n, n_k, group, BM, BN, BK, STAGES, False)),
     ], [4, 1], [REGISTERS, 24])  # fmt: skip
 
 
@@ -254,21 +292,21 @@ def _load_y(
     y, y_s, full, taken, n_m, n_n, group,
     BM: gl.constexpr, BN: gl.constexpr,
 ):
-    """One warp: y [BM, BN] of each tile in eight pieces, each half when what was there before has left."""
-    phase = 0
+    """One warp: y [BM, BN] of each tile in two pieces, when what was there before has left."""
+    w, phase = 0, 0
     for i in range(gl.program_id(0), n_m * n_n, gl.num_programs(0)):
         i_m, i_n = _place(i, n_m, n_n, group)
-        for w in gl.static_range(2):
-            mbarrier.wait(taken.index(w), phase)
-            mbarrier.expect(full.index(w), BM // 2 * BN * 2)
-            for j in gl.static_range(4):
-                tma_load(y, [i_m * BM + w * (BM // 2), i_n * BN + j * (BN // 4)], full.index(w), y_s.index(4 * w + j))
-        phase ^= 1
+        mbarrier.wait(taken.index(w), phase)
+        mbarrier.expect(full.index(w), BM * BN * 2)
+        tma_load(y, [i_m * BM, i_n * BN], full.index(w), y_s.index(2 * w))
+        tma_load(y, [i_m * BM, i_n * BN + BN // 2], full.index(w), y_s.index(2 * w + 1))
+        phase ^= w
+        w ^= 1
 
 
 @gluon.jit
 def _grad_piece(b_dy, dz, y_s, row, col):
-    """[BM / 2, PIECE] of dy w, where y_s has y: dz takes its place and is on its way."""
+    """[BM, BN / 2] of dy w, where y_s has y: dz takes its place and is on its way."""
     b_dz = relu2_grad(b_dy, y_s.load(b_dy.type.layout).to(gl.float32))
     threads_meet()
     _store(dz, row, col, b_dz, y_s)
@@ -276,56 +314,49 @@ def _grad_piece(b_dy, dz, y_s, row, col):
 
 @gluon.jit
 def _grad_tiles(
-    W: gl.constexpr, a_s, b_s, dz, y_s, full, empty, turn, y_full, y_taken, n_m, n_n, n_k, group,
-    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr,
+    W: gl.constexpr, dy_s, w_s, dz, y_s, full, empty, turn, y_full, y_taken, n_m, n_n, n_k, group,
+    BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr,
 ):
-    """Four warps: half of each tile."""
-    P: gl.constexpr = BN // 4
-    slot, phase, i_phase = 0, 0, 0
-    for i in range(gl.program_id(0), n_m * n_n, gl.num_programs(0)):
+    """Four warps: every second tile."""
+    first, slot, phase, turn_phase = _begin(W, n_k, STAGES)
+    y_phase = 0
+    for i in range(first, n_m * n_n, 2 * gl.num_programs(0)):
         i_m, i_n = _place(i, n_m, n_n, group)
         b_dy, slot, phase = _product(
-            W, a_s, b_s, full, empty, turn, y_taken, slot, phase, n_k, i_phase, BN, STAGES, 2, LAG, True,
+            W, dy_s, w_s, full, empty, turn, y_taken, slot, phase, n_k, turn_phase, BN, STAGES, True,
         )
-        row, col = i_m * BM + W * (BM // 2), i_n * BN
-        b_0, b_1, b_2, b_3 = _quarters(b_dy)                                                            # [BM / 2, P]
-        mbarrier.wait(y_full.index(W), i_phase)
-        i_phase ^= 1
-        _grad_piece(b_0, dz, y_s.index(4 * W), row, col)
-        _grad_piece(b_1, dz, y_s.index(4 * W + 1), row, col + P)
-        _grad_piece(b_2, dz, y_s.index(4 * W + 2), row, col + 2 * P)
-        _grad_piece(b_3, dz, y_s.index(4 * W + 3), row, col + 3 * P)
+        turn_phase ^= 1
+        b_left, b_right = _halves(b_dy)                                                                 # [BM, BN / 2]
+        mbarrier.wait(y_full.index(W), y_phase)
+        y_phase ^= 1
+        _grad_piece(b_left, dz, y_s.index(2 * W), i_m * BM, i_n * BN)
+        _grad_piece(b_right, dz, y_s.index(2 * W + 1), i_m * BM, i_n * BN + BN // 2)
     tma_store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["n_m", "n_n", "n_k", "group"])
 def _relu2_grad_kernel(
     dy, w, y, dz, n_m, n_n, n_k, group,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, LAG: gl.constexpr, REGISTERS: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
 ):
     """dy [N, D], w [D, F], y and dz [N, F], all descriptors."""
-    dy_s = gl.allocate_shared_memory(dy.dtype, [2 * STAGES, BM // 2, BK], dy.layout)
+    dy_s = gl.allocate_shared_memory(dy.dtype, [STAGES, BM, BK], dy.layout)
     w_s = gl.allocate_shared_memory(dy.dtype, [STAGES, BK, BN], w.layout)
-    y_s = gl.allocate_shared_memory(dy.dtype, [8, BM // 2, BN // 4], y.layout)
-    full, empty, turn = new_barriers(STAGES, 1), new_barriers(STAGES, 2), new_barriers(1, 1)
+    y_s = gl.allocate_shared_memory(dy.dtype, [4, BM, BN // 2], y.layout)
+    full, empty, turn = new_barriers(STAGES, 1), new_barriers(STAGES, 1), new_barriers(2, 1)
     y_full, y_taken = new_barriers(2, 1), new_barriers(2, 1)
     fence_async_shared()
     threads_meet()
     gl.warp_specialize([
-        (_grad_tiles, (
-            0, dy_s, w_s, dz, y_s, full, empty, turn, y_full, y_taken, n_m, n_n, n_k, group, BM, BN, STAGES, LAG,
-        )),
-        (_grad_tiles, (
-            1, dy_s, w_s, dz, y_s, full, empty, turn, y_full, y_taken, n_m, n_n, n_k, group, BM, BN, STAGES, LAG,
-        )),
-        (_load, (dy, w, dy_s, w_s, full, empty, n_m, n_n, n_k, group, BM, BN, BK, STAGES, 2, True)),
+        (_grad_tiles, (0, dy_s, w_s, dz, y_s, full, empty, turn, y_full, y_taken, n_m, n_n, n_k, group, BM, BN, STAGES)),
+        (_grad_tiles, (1, dy_s, w_s, dz, y_s, full, empty, turn, y_full, y_taken, n_m, n_n, n_k, group, BM, BN, STAGES)),
+        (_load, (dy, w, dy_s, w_s, full, empty, n_m, n_n, n_k, group, BM, BN, BK, STAGES, True)),
         (_load_y, (y, y_s, y_full, y_taken, n_m, n_n, group, BM, BN)),
     ], [4, 1, 1], [REGISTERS, 24, 24])  # fmt: skip
 
 
 def takes(D: int, tile: Product) -> bool:
-    """Whether a sum of D terms fills the ring: with fewer blocks the first group could tell the second twice before it looks,
-    and in turns it was not tried."""
+    """Whether a sum of D terms fills the ring: with fewer blocks it was not timed."""
     return ceil_div(D, tile.BK) >= tile.stages
 
 
@@ -343,8 +374,36 @@ def capped_logits(x: Tensor, w: Tensor, e: Tensor | None, V: int, C: float) -> T
     return sums
 
 
+def relu2_product(x: Tensor, w: Tensor) -> Tensor:
+    """x [N, D], w [F, D] → relu(x wᵀ)² [N, F]. torch.compile sees an operator: it cannot trace a kernel that is not tl's."""
+    return _relu2_operator(x, w) if torch.compiler.is_compiling() else _relu2(x, w)
+
+
+def _relu2(x: Tensor, w: Tensor) -> Tensor:
+    (N, D), F, t = x.shape, w.shape[0], RELU2
+    n_m, n_n = ceil_div(N, t.BM), ceil_div(F, t.BN)
+    y = torch.empty((N, F), dtype=x.dtype, device=x.device)
+    launch_with_descriptors(
+        _relu2_kernel, _programs(n_m * n_n, x), x.device,
+        x=_blocks(x, t.BM, t.BK), w=_blocks(w, t.BN, t.BK), y=_blocks(y, t.BM, t.BN // 2),
+        n_m=n_m, n_n=n_n, n_k=ceil_div(D, t.BK), group=t.group,
+        BM=t.BM, BN=t.BN, BK=t.BK, STAGES=t.stages, REGISTERS=REGISTERS, num_warps=4, num_stages=t.stages,
+    )
+    return y
+
+
+@torch.library.custom_op("kestrel::hopper_relu2", mutates_args=())
+def _relu2_operator(x: Tensor, w: Tensor) -> Tensor:
+    return _relu2(x, w)
+
+
+@_relu2_operator.register_fake
+def _(x: Tensor, w: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], w.shape[0])
+
+
 def relu2_grad_product(dy: Tensor, w: Tensor, y: Tensor) -> Tensor:
-    """dy [N, D], w [D, F], y [N, F] → dz [N, F]. torch.compile sees an operator: it cannot trace a kernel that is not tl's."""
+    """dy [N, D], w [D, F], y [N, F] → dz [N, F]. As an operator for torch.compile, too."""
     return _relu2_grad_operator(dy, w, y) if torch.compiler.is_compiling() else _relu2_grad(dy, w, y)
 
 
@@ -354,9 +413,9 @@ def _relu2_grad(dy: Tensor, w: Tensor, y: Tensor) -> Tensor:
     dz = torch.empty_like(y)
     launch_with_descriptors(
         _relu2_grad_kernel, _programs(n_m * n_n, dy), dy.device,
-        dy=_blocks(dy, t.BM // 2, t.BK), w=_blocks(w, t.BK, t.BN), y=_blocks(y, t.BM // 2, t.BN // 4),
-        dz=_blocks(dz, t.BM // 2, t.BN // 4), n_m=n_m, n_n=n_n, n_k=ceil_div(D, t.BK), group=t.group,
-        BM=t.BM, BN=t.BN, BK=t.BK, STAGES=t.stages, LAG=t.LAG, REGISTERS=REGISTERS, num_warps=4, num_stages=t.stages,
+        dy=_blocks(dy, t.BM, t.BK), w=_blocks(w, t.BK, t.BN), y=_blocks(y, t.BM, t.BN // 2),
+        dz=_blocks(dz, t.BM, t.BN // 2), n_m=n_m, n_n=n_n, n_k=ceil_div(D, t.BK), group=t.group,
+        BM=t.BM, BN=t.BN, BK=t.BK, STAGES=t.stages, REGISTERS=REGISTERS, num_warps=4, num_stages=t.stages,
     )
     return dz
 

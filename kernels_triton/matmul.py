@@ -8,7 +8,8 @@ The sum runs in fp32 and is rounded once, after the function. Blocks come and go
 every tensor starts at a multiple of 16 bytes and so does each of its rows, which `for_tma` sees to where D and F allow.
 A program writes its own tile and nothing else, so that neither timing nor other rows change a bit of it.
 
-Why these three and no more: cuBLAS multiplies a little faster, and what is won is the pass over [N, F] that is saved.
+Why these three and no more: cuBLAS multiplies a little faster, and what is won is the pass over [N, F] that is saved. Where
+Gluon is, relu² and its gradient are made by hopper_matmul.py, which is as fast as cuBLAS or faster.
 Tried on an H200 and left: 128 × 128 tiles of gate and of up, a product each (1.2 times as long as one of their rows
 interleaved), both gradients of SwiGLU in an epilogue (1.2 to 1.4 times as long as cuBLAS and a pass), fetching y into L2
 ahead of time and the root from integer arithmetic (no faster). Triton's warp specialisation hung (3.6) or did not compile
@@ -124,12 +125,13 @@ def _matmul_swiglu_kernel(
 
 # H200, bf16, N=65536 D=768 F=3072: 444 µs, where cuBLAS takes 430 and its pass 194 more. `flatten` makes one loop of tiles
 # and sums, so that the next tile's blocks are on their way while this one is stored: 462 against 549 without, in one run,
-# where 128 × 128 with two programs a processor took 483, three stages 479, 64 × 256 637 and cuBLAS 444.
+# where 128 × 128 with two programs a processor took 483, three stages 479, 64 × 256 637 and cuBLAS 444. From 321 terms of the
+# sum on hopper_matmul.py does relu², in 80 to 92 % of the time.
 FORWARD = Tile(BN=128, BF=256, BD=64, warps=8, stages=4, group=8, stay=1)
 
 # Two programs share a processor, and one reads y and takes roots while the other multiplies: 591 µs, where cuBLAS takes 443
 # and its pass 281 more. One program with 128 × 256 607, columns stored in quarters 594 to 629, no root at all 575.
-# From 161 terms of the sum on hopper_matmul.py does it, in 85 % of the time.
+# From 257 terms of the sum on hopper_matmul.py does it, in 65 to 80 % of the time.
 BACKWARD = Tile(BN=128, BF=128, BD=64, warps=4, stages=3, group=1, stay=2)
 
 
@@ -160,6 +162,8 @@ def for_tma(x: Tensor) -> Tensor:
 def matmul_relu2(x: Tensor, w: Tensor) -> Tensor:
     """x [N, D], w [F, D] → relu(x wᵀ)² [N, F]."""
     (N, D), F, tile = x.shape, w.shape[0], FORWARD
+    if hopper_matmul is not None and is_hopper(x.device) and hopper_matmul.takes(D, hopper_matmul.RELU2):
+        return hopper_matmul.relu2_product(for_tma(x), for_tma(w))
     y = torch.empty((N, F), dtype=x.dtype, device=x.device)
     launch_with_descriptors(
         _matmul_relu2_kernel, _programs(N, F, tile, x.device), x.device,

@@ -58,12 +58,26 @@ def test_capped_logits(N, D, Vp, V):
     assert torch.equal(HOPPER.capped_logits(x[:1], w, None, V, C), sums[:1])
 
 
+SHAPES = [(1000, 384, 1536), (130, 776, 1000), (65, 2176, 264), (20000, 392, 256), (1, 200, 8), (9000, 1280, 5120)]
+
+
 @pytest.mark.gpu
 @on_hopper
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("N", "D", "F"), [(1000, 384, 1536), (130, 776, 1000), (65, 2176, 264), (20000, 392, 256), (1, 200, 8)]
-)
+@pytest.mark.parametrize(("N", "D", "F"), SHAPES)
+def test_relu2_product(N, D, F, dtype):
+    (_, x), (_, w) = among_nans(N, D), among_nans(F, D, D**-0.5)
+    x, w = x.to(dtype), w.to(dtype)
+    y = HOPPER.relu2_product(x, w)
+    assert_close(y, (x.double() @ w.double().T).relu().square(), (x @ w.T).relu().square(), "y")
+    assert torch.equal(HOPPER.relu2_product(x, w), y)
+    assert torch.equal(HOPPER.relu2_product(x[:1], w), y[:1])
+
+
+@pytest.mark.gpu
+@on_hopper
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("N", "D", "F"), SHAPES)
 def test_relu2_grad_product(N, D, F, dtype):
     (_, dy), (_, w), (_, y) = among_nans(N, D), among_nans(D, F, D**-0.5), among_nans(N, F)
     dy, w, y = dy.to(dtype), w.to(dtype), y.relu().square().to(dtype)
@@ -79,8 +93,9 @@ def test_relu2_grad_product(N, D, F, dtype):
 def test_compiled_and_in_a_cuda_graph():
     dy, w, y = (torch.randn(shape, device="cuda").bfloat16() for shape in ((300, 384), (384, 1024), (300, 1024)))
     y = y.relu().square()
-    expected = HOPPER.relu2_grad_product(dy, w, y)
+    expected, forward = HOPPER.relu2_grad_product(dy, w, y), HOPPER.relu2_product(dy, w.t().contiguous())
     assert torch.equal(torch.compile(HOPPER.relu2_grad_product, fullgraph=True)(dy, w, y), expected)
+    assert torch.equal(torch.compile(HOPPER.relu2_product, fullgraph=True)(dy, w.t().contiguous()), forward)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = HOPPER.relu2_grad_product(dy, w, y)
@@ -90,8 +105,7 @@ def test_compiled_and_in_a_cuda_graph():
 
 
 def test_takes_sums_of_enough_blocks():
-    for tile in (HOPPER.CAPPED_LOGITS, HOPPER.RELU2_GRAD):
-        assert tile.stages > tile.LAG
+    for tile in (HOPPER.CAPPED_LOGITS, HOPPER.RELU2, HOPPER.RELU2_GRAD):
         assert HOPPER.takes(384, tile)
         assert not HOPPER.takes(64, tile)
 
@@ -106,11 +120,11 @@ from kernels_triton.attention.hopper.api import gl
 
 name = sys.argv[1]
 kernel, t = getattr(hopper, f"_{name}_kernel"), getattr(hopper, name.upper())
-constants = dict(BM=t.BM, BN=t.BN, BK=t.BK, STAGES=t.stages, LAG=t.LAG, MASKED=True, REGISTERS=hopper.REGISTERS)
-blocks = dict(x=[t.BM, t.BK], w=[t.BN, t.BK], e=[t.BM, t.BN // 2])
+constants = dict(BM=t.BM, BN=t.BN, BK=t.BK, STAGES=t.stages, MASKED=True, REGISTERS=hopper.REGISTERS)
+rows, piece = [t.BM, t.BK], [t.BM, t.BN // 2]
+blocks = dict(x=rows, dy=rows, w=[t.BN, t.BK], e=piece, y=piece, dz=piece)
 if name == "relu2_grad":
-    piece = [t.BM // 2, t.BN // 4]
-    blocks = dict(dy=[t.BM // 2, t.BK], w=[t.BK, t.BN], y=piece, dz=piece)
+    blocks["w"] = [t.BK, t.BN]
 signature = {}
 for argument, block in blocks.items():
     layout = gl.NVMMASharedLayout(min(128, 2 * block[1]), 16, 2)
@@ -126,6 +140,6 @@ print(ptx.count("wgmma.mma_async"), ptx.count("cp.async.bulk.tensor"), ptx.count
 """
 
 
-@pytest.mark.parametrize("name", ["capped_logits", "relu2_grad"])
+@pytest.mark.parametrize("name", ["capped_logits", "relu2", "relu2_grad"])
 def test_compiles_without_a_gpu(name):
     assert all(count > 0 for count in run_without_interpreter(COMPILE, name))
