@@ -1,11 +1,12 @@
 """The matrix product of decoding:  y = act(norm(x) Wᵀ) + residual  for few rows x [N, C] and all of W [F, C].
 
-Nothing but reading W takes time, so all is about how many of its bytes are on their way at once. Three kernels:
+Nothing but reading W takes time, so all is about how many of its bytes are on their way at once. Four kernels:
 
 N ≤ 4, W as it is or of bytes   each thread multiplies 8 columns at a time and sums in registers; the threads of a row
                                 of W meet at the end
 N ≤ 4, W in int4                the same on words of 8 nibbles
-N ≤ 16                          tiles of W on the tensor cores
+N ≤ 16, W in codes              tiles of W on the tensor cores
+N ≤ 64, W in half precision     16 or 32 rows of W on the tensor cores, a part of the columns for each warp
 
 A program asks for its first tiles of W before it waits for the kernel before it (on Hopper and newer), since W does not
 depend on that; and it lets the kernel after it start at once, which does the same. So the memory is not idle while
@@ -17,8 +18,9 @@ and multiplies its results with r; only a gain has to meet x before. Codes becom
 are put into the mantissa of 2²³ and 2²³ is taken off, since conversions have a fraction of the throughput.
 
 Sums are in fp32 (fp64 for fp64), rounded once. There are no atomics and each value has one writer; rows do not know of
-each other, so a row has the same bits whatever the others hold. But the kernels for N ≤ 4, N ≤ 16 and beyond add up in
-different orders. Beyond 16 rows W is dequantised by one pass if need be, and cuBLAS does the product.
+each other, so a row has the same bits whatever the others hold. But the kernels add up in different orders. Beyond those
+numbers of rows, and in fp32 and fp64 beyond 4, W is dequantised by one pass if need be, and cuBLAS does the product: tensor
+cores have no fp32, and a chain of sums over all columns would be less exact.
 """
 
 from typing import NamedTuple
@@ -29,14 +31,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_torch.linear_decode import activate, check_linear_decode
+from kernels_torch.linear_decode import check_linear_decode
 from kernels_torch.quantised_weight import group_of
 from kernels_triton.launch import INTERPRETED, can_overlap, ceil_div, check_gpu, launch, next_power_of_two
 from kernels_triton.primitives import relu2, silu, upcast
 from kernels_triton.rmsnorm import rmsnorm
 
-MOST_SUMMED = 4   # rows by multiply and sum
-MOST_TILED = 16   # rows on the tensor cores
+MOST_SUMMED = 4    # rows by multiply and sum
+MOST_CODED = 16    # rows on the tensor cores, W in codes
+MOST_TILED = 64    # W in half precision
+FINISHED = 1024    # values of a program that does what follows cuBLAS
 IN_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
 
@@ -54,12 +58,26 @@ class SumTile(NamedTuple):
 
 
 class DotTile(NamedTuple):
-    """Of a program on the tensor cores: BF rows of W, BC columns (words of int4) at a time."""
+    """Of a program on the tensor cores: BF rows of codes, BC columns (words of int4) at a time."""
 
     BF: int
     BC: int
     warps: int
     stages: int
+
+
+class RowsTile(NamedTuple):
+    """Of a program for BN rows of x and BF rows of W; each warp takes BC columns at a time.
+
+    ahead     how many of those of W are on their way; x_ahead: of x
+    """
+
+    BN: int
+    BF: int
+    BC: int
+    warps: int
+    ahead: int
+    x_ahead: int
 
 
 # One row, on an H200 whose copy moves 4.20 TB/s: µs a call, one after the other in a CUDA graph, each with another weight
@@ -87,17 +105,19 @@ def sum_tile(rows: int, C: int, N: int, dtype: torch.dtype, gated: bool) -> SumT
     return tile
 
 
-def dot_tile(dtype: torch.dtype, itemsize: int, gated: bool) -> DotTile:
-    """16 rows, µs (cuBLAS): 768 → 2304 4.0 (4.5), 2176 → 2176 8.6 (6.6), → 8704 16.0 (14.4), 8704 → 2176 25.7 (15.0).
-    One warp with 16 rows of W: 9.6, 16.6, 33.5, 56.6. int8 at 2176 → 8704 23.4, int4 43.5. With 64 rows the tile of 64 gave
-    results 1.4 % off, for a reason not found, so no form but the one that was compared on a GPU takes it."""
+def dot_tile(dtype: torch.dtype, gated: bool) -> DotTile:
+    """16 rows, µs: int8 at 2176 → 8704 23.4, int4 43.5."""
     if dtype == torch.int32:
         return DotTile(BF=16, BC=32, warps=1, stages=4)
-    if dtype in (torch.int8, torch.float8_e4m3fn):
-        return DotTile(BF=16, BC=256, warps=1, stages=2 if gated else 4)
-    if gated or itemsize > 2:
-        return DotTile(BF=32, BC=256 // itemsize, warps=2, stages=2 if gated else 4)
-    return DotTile(BF=64, BC=128, warps=4, stages=4)
+    return DotTile(BF=16, BC=256, warps=1, stages=2 if gated else 4)
+
+
+def rows_tile(N: int, C: int, F: int, gated: bool) -> RowsTile:
+    """Not timed yet. All of W that a program takes is on its way before it waits, as far as registers allow."""
+    BN = max(8, next_power_of_two(N))
+    BF = 32 if F > 6144 and BN <= 32 and not gated else 16
+    x_ahead = max(1, min(4, 96 // BN))
+    return RowsTile(BN, BF, BC=64, warps=8 if C >= 3072 else 4, ahead=(3 if gated else 6) * 16 // BF, x_ahead=x_ahead)
 
 
 @triton.jit
@@ -178,7 +198,7 @@ def _prefetch(p):
 
 
 @triton.jit
-def _end(b_z, b_up, residual, p_residual, m, ACTIVATION: tl.constexpr, softcap: tl.constexpr):
+def _end(b_z, b_up, residual, b_residual, ACTIVATION: tl.constexpr, softcap: tl.constexpr):
     """What follows the product, and of swiglu the other one."""
     if ACTIVATION == "relu2":
         b_z = relu2(b_z)
@@ -187,7 +207,7 @@ def _end(b_z, b_up, residual, p_residual, m, ACTIVATION: tl.constexpr, softcap: 
     elif ACTIVATION == "swiglu":
         b_z = silu(b_z) * b_up
     if residual is not None:
-        b_z += upcast(tl.load(p_residual, mask=m, other=0.0))
+        b_z += upcast(b_residual)
     if softcap is not None:  # tanh of what is not negative, by what cannot overflow
         b_e = tl.exp(-2.0 / softcap * tl.abs(b_z))
         b_t = softcap * (1.0 - b_e) / (1.0 + b_e)
@@ -224,6 +244,14 @@ def _linear_sum_kernel(
     for i in tl.static_range(min(XA, NC)):
         for n in tl.static_range(N):
             b_xs += (_load(p_x + n * stride_x, o_c, i, C, BC),)                                         # [BF, BC]
+    b_rs = ()
+    for n in tl.static_range(N):  # asked for with x: at the end nothing would be left to wait with
+        for r in tl.static_range(R):
+            o_f = (i_f * R + r) * BF + o_b
+            if residual is not None:
+                b_rs += (tl.load(residual + n * stride_r + o_f, mask=o_f < F, other=0.0),)              # [BF]
+            else:
+                b_rs += (0.0,)
     for _ in tl.static_range(N):
         b_squares += (tl.zeros([BF, BC], dtype=ACC),)                                                   # [BF, BC]
         for _ in tl.static_range(T):
@@ -262,8 +290,7 @@ def _linear_sum_kernel(
             if scales is not None:
                 b_z *= tl.load(scales + o_f, mask=m, other=0.0).to(ACC)
                 b_up *= tl.load(scales + o_f + (T // R - 1) * F, mask=m, other=0.0).to(ACC)
-            p_r = residual + n * stride_r + o_f if residual is not None else y
-            b_y = _end(b_z, b_up, residual, p_r, m, ACTIVATION, softcap)
+            b_y = _end(b_z, b_up, residual, b_rs[n * R + r], ACTIVATION, softcap)
             tl.store(y + n * F + o_f, b_y.to(y.dtype.element_ty), mask=m)
 
 
@@ -298,6 +325,14 @@ def _linear_sum_int4_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
     p_x = x + tl.zeros([BF, 1], dtype=tl.int32)
+    b_rs = ()
+    for n in tl.static_range(N):  # asked for with x: at the end nothing would be left to wait with
+        for r in tl.static_range(R):
+            o_f = (i_f * R + r) * BF + o_b
+            if residual is not None:
+                b_rs += (tl.load(residual + n * stride_r + o_f, mask=o_f < F, other=0.0),)              # [BF]
+            else:
+                b_rs += (0.0,)
     for _ in tl.static_range(N):
         b_squares += (tl.zeros([BF, BC], dtype=ACC),)                                                   # [BF, BC]
         for _ in tl.static_range(T):
@@ -340,17 +375,16 @@ def _linear_sum_int4_kernel(
             o_f = (i_f * R + r) * BF + o_b
             m = o_f < F
             b_z, b_up = tl.sum(b_sums[n * T + r], 1) * b_r, tl.sum(b_sums[n * T + T - R + r], 1) * b_r  # [BF]
-            p_r = residual + n * stride_r + o_f if residual is not None else y
-            b_y = _end(b_z, b_up, residual, p_r, m, ACTIVATION, softcap)
+            b_y = _end(b_z, b_up, residual, b_rs[n * R + r], ACTIVATION, softcap)
             tl.store(y + n * F + o_f, b_y.to(y.dtype.element_ty), mask=m)
 
 
 @triton.jit
-def _part(weight, scales, o_r, o_c, b_x, F, C: tl.constexpr, BC: tl.constexpr):
-    """Values of rows o_r and columns o_c of W, in the dtype of x; a scale for a whole row comes last."""
+def _part(weight, o_r, o_c, b_x, C: tl.constexpr, BC: tl.constexpr):
+    """Values of rows o_r and columns o_c of W, in the dtype of x; the scale of a row comes last."""
     p = weight + o_r[:, None] * C + o_c[None, :]
     b_w = tl.load(p) if C % BC == 0 else tl.load(p, mask=(o_c < C)[None, :], other=0)                   # [BF, BC]
-    return b_w if scales is None else _values(b_w).to(b_x.dtype)
+    return _values(b_w).to(b_x.dtype)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -359,8 +393,7 @@ def _linear_dot_kernel(
     C: tl.constexpr, P: tl.constexpr, eps: tl.constexpr, ACTIVATION: tl.constexpr, softcap: tl.constexpr,
     BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, STAGES: tl.constexpr, FETCH: tl.constexpr, OVERLAP: tl.constexpr,
 ):
-    """W on the left, whose rows fill a tensor core's tile however few x has. FETCH lines of W are asked for ahead."""
-    ACC: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
+    """Codes, on the left: their rows fill a tensor core's tile however few x has. FETCH lines of them are asked for ahead."""
     GATED: tl.constexpr = ACTIVATION == "swiglu"
     WIDTH: tl.constexpr = C if P is None else (C + 8 * P - 1) // (8 * P) * P  # values or words of a row of W
     LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
@@ -374,29 +407,28 @@ def _linear_dot_kernel(
         if GATED:
             _prefetch(weight + F * WIDTH + tl.minimum(i_f * BF * WIDTH + tl.arange(0, FETCH) * LINE, F * WIDTH - 1))
         tl.extra.cuda.gdc_wait()
-    b_z = tl.zeros([BF, BN], dtype=ACC)                                                                 # [BF, BN]
-    b_up = tl.zeros([BF, BN], dtype=ACC)                                                                # [BF, BN]
-    b_squares = tl.zeros([BN], dtype=ACC)                                                               # [BN]
+    b_z = tl.zeros([BF, BN], dtype=tl.float32)                                                          # [BF, BN]
+    b_up = tl.zeros([BF, BN], dtype=tl.float32)                                                         # [BF, BN]
+    b_squares = tl.zeros([BN], dtype=tl.float32)                                                        # [BN]
     if P is None:
         for i_c in tl.range(0, C, BC, num_stages=STAGES):
             o_c = i_c + tl.arange(0, BC)
             m_c = (o_c < C)[None, :]
             p_x = x + o_x + o_c[None, :]
             b_x = tl.load(p_x) if C % BC == 0 else tl.load(p_x, mask=m_c, other=0.0)                    # [BN, BC]
-            b_v = _part(weight, scales, o_r, o_c, b_x, F, C, BC)                                        # [BF, BC]
+            b_v = _part(weight, o_r, o_c, b_x, C, BC)                                                   # [BF, BC]
             if eps is not None:
                 b_squares += tl.sum(_values(b_x) * _values(b_x), 1)
             if gain is not None:
                 b_g = tl.load(gain + o_c[None, :], mask=m_c, other=0.0)                                 # [1, BC]
                 b_x = (_values(b_x) * upcast(b_g)).to(b_x.dtype)
-            b_z = tl.dot(b_v, b_x.T, b_z, input_precision="ieee", out_dtype=ACC)
+            b_z = tl.dot(b_v, b_x.T, b_z)
             if GATED:
-                b_v = _part(weight, scales, o_r + F, o_c, b_x, F, C, BC)                                # [BF, BC]
-                b_up = tl.dot(b_v, b_x.T, b_up, input_precision="ieee", out_dtype=ACC)
-        if scales is not None:
-            b_z *= tl.load(scales + o_r).to(ACC)[:, None]
-            if GATED:
-                b_up *= tl.load(scales + o_r + F).to(ACC)[:, None]
+                b_v = _part(weight, o_r + F, o_c, b_x, C, BC)                                           # [BF, BC]
+                b_up = tl.dot(b_v, b_x.T, b_up)
+        b_z *= upcast(tl.load(scales + o_r))[:, None]
+        if GATED:
+            b_up *= upcast(tl.load(scales + o_r + F))[:, None]
     else:
         for i_w in tl.range(0, WIDTH, BC, num_stages=STAGES):
             o_w = i_w + tl.arange(0, BC)
@@ -417,17 +449,108 @@ def _linear_dot_kernel(
                     b_g = tl.load(gain + o_c[None, :], mask=m_c, other=0.0)                             # [1, BC]
                     b_x = (_values(b_x) * upcast(b_g)).to(b_x.dtype)
                 b_v = (_nibble(b_w, j) * b_s).to(b_x.dtype)                                             # [BF, BC]
-                b_z = tl.dot(b_v, b_x.T, b_z, input_precision="ieee", out_dtype=ACC)
+                b_z = tl.dot(b_v, b_x.T, b_z)
                 if GATED:
                     b_v = (_nibble(b_w2, j) * b_s2).to(b_x.dtype)                                       # [BF, BC]
-                    b_up = tl.dot(b_v, b_x.T, b_up, input_precision="ieee", out_dtype=ACC)
+                    b_up = tl.dot(b_v, b_x.T, b_up)
     if eps is not None:
         b_r = tl.rsqrt(b_squares / C + eps)[None, :]                                                    # [1, BN]
         b_z, b_up = b_z * b_r, b_up * b_r
     m = (o_f < F)[:, None] & (o_n < N)[None, :]
-    p_r = residual + o_n[None, :] * stride_r + o_f[:, None] if residual is not None else y + o_f[:, None]
-    b_y = _end(b_z, b_up, residual, p_r, m, ACTIVATION, softcap)
+    b_residual = 0.0
+    if residual is not None:
+        b_residual = tl.load(residual + o_n[None, :] * stride_r + o_f[:, None], mask=m, other=0.0)      # [BF, BN]
+    b_y = _end(b_z, b_up, residual, b_residual, ACTIVATION, softcap)
     tl.store(y + o_n[None, :] * F + o_f[:, None], b_y.to(y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _load3(p, o_c, i: tl.constexpr, C: tl.constexpr, B: tl.constexpr):
+    """As _load, of three dimensions."""
+    if (i + 1) * B <= C:
+        return tl.load(p + (i * B + o_c))
+    else:
+        return tl.load(p + (i * B + o_c), mask=i * B + o_c < C, other=0)
+
+@triton.jit(do_not_specialize=["N"])
+def _linear_rows_kernel(
+    x, weight, gain, residual, y, stride_x, stride_r, N, F,
+    C: tl.constexpr, eps: tl.constexpr, ACTIVATION: tl.constexpr, softcap: tl.constexpr,
+    S: tl.constexpr, BN: tl.constexpr, BF: tl.constexpr, BC: tl.constexpr, AHEAD: tl.constexpr, XAHEAD: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """A program takes BF rows of W, in half precision; of S · BC columns each of its S warps takes BC."""
+    GATED: tl.constexpr = ACTIVATION == "swiglu"
+    T: tl.constexpr = 2 if GATED else 1
+    NC: tl.constexpr = (C + S * BC - 1) // (S * BC)
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    i_f = tl.program_id(0).to(tl.int64)
+    o_f, o_n = i_f * BF + tl.arange(0, BF), tl.arange(0, BN)
+    o_c = tl.arange(0, S)[:, None, None] * BC + tl.arange(0, BC)[None, None, :]                         # [S, 1, BC]
+    p_w = weight + tl.minimum(o_f, F - 1)[None, :, None] * C                                            # [1, BF, 1]
+    b_ws = ()
+    for i in tl.static_range(min(AHEAD, NC)):
+        for t in tl.static_range(T):
+            b_ws += (_load3(p_w + t * F * C, o_c, i, C, S * BC),)                                       # [S, BF, BC]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+    p_x = x + tl.minimum(o_n, N - 1)[None, :, None] * stride_x                                          # [1, BN, 1]
+    b_xs = ()
+    for i in tl.static_range(min(XAHEAD, NC)):
+        b_xs += (_load3(p_x, o_c, i, C, S * BC),)                                                       # [S, BN, BC]
+    m = (o_f < F)[:, None] & (o_n < N)[None, :]
+    b_residual = 0.0
+    if residual is not None:
+        b_residual = tl.load(residual + o_n[None, :] * stride_r + o_f[:, None], mask=m, other=0.0)      # [BF, BN]
+    b_squares = tl.zeros([S, BN], dtype=tl.float32)                                                     # [S, BN]
+    b_z = tl.zeros([S, BF, BN], dtype=tl.float32)                                                       # [S, BF, BN]
+    b_up = tl.zeros([S, BF, BN], dtype=tl.float32)                                                      # [S, BF, BN]
+    for i in tl.static_range(NC):
+        b_x = b_xs[i]
+        if eps is not None:
+            b_squares += tl.sum(_values(b_x) * _values(b_x), 2)
+        if gain is not None:
+            b_g = _load3(gain + tl.zeros([1, 1, 1], dtype=tl.int32), o_c, i, C, S * BC)
+            b_x = (_values(b_x) * upcast(b_g)).to(b_x.dtype)
+        b_x = tl.trans(b_x, (0, 2, 1))                                                                  # [S, BC, BN]
+        b_z = tl.dot(b_ws[i * T], b_x, b_z)
+        if GATED:
+            b_up = tl.dot(b_ws[i * T + 1], b_x, b_up)
+        if i + AHEAD < NC:
+            for t in tl.static_range(T):
+                b_ws += (_load3(p_w + t * F * C, o_c, i + AHEAD, C, S * BC),)
+        if i + XAHEAD < NC:
+            b_xs += (_load3(p_x, o_c, i + XAHEAD, C, S * BC),)
+    b_all, b_all_up = tl.sum(b_z, 0), tl.sum(b_up, 0)                                                   # [BF, BN]
+    if eps is not None:
+        b_r = tl.rsqrt(tl.sum(b_squares, 0) / C + eps)[None, :]                                         # [1, BN]
+        b_all, b_all_up = b_all * b_r, b_all_up * b_r
+    b_y = _end(b_all, b_all_up, residual, b_residual, ACTIVATION, softcap)
+    tl.store(y + o_n[None, :] * F + o_f[:, None], b_y.to(y.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _finish_kernel(
+    z, residual, y, stride_r, n, F: tl.constexpr, ACTIVATION: tl.constexpr, softcap: tl.constexpr, BT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+):
+    """What follows a product that somebody else did: z [N, F], or [N, 2F] of swiglu, → y [N, F], n values."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    o = tl.program_id(0).to(tl.int64) * BT + tl.arange(0, BT)
+    m = o < n
+    T: tl.constexpr = 2 if ACTIVATION == "swiglu" else 1
+    p_z = z + o // F * (T * F) + o % F
+    b_z = upcast(tl.load(p_z, mask=m, other=0.0))                                                       # [BT]
+    b_up, b_residual = b_z, 0.0
+    if ACTIVATION == "swiglu":
+        b_up = upcast(tl.load(p_z + F, mask=m, other=0.0))                                              # [BT]
+    if residual is not None:
+        b_residual = tl.load(residual + o // F * stride_r + o % F, mask=m, other=0.0)                   # [BT]
+    b_y = _end(b_z, b_up, residual, b_residual, ACTIVATION, softcap)
+    tl.store(y + o, b_y.to(y.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -471,42 +594,58 @@ def _linear_few(
     x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float | None, activation: str | None,
     residual: Tensor | None, softcap: float | None, y: Tensor,
 ) -> None:
-    """Fill y [N, F] for up to MOST_TILED rows of x [N, C]."""
+    """Fill y [N, F] for up to most_rows of x [N, C]."""
     (N, C), F = x.shape, y.shape[1]
     P = group_of(weight, scales) // 8 if weight.dtype == torch.int32 else None
-    overlap = can_overlap(x.device)
+    overlap, gated = can_overlap(x.device), activation == "swiglu"
     shared = dict(
-        x=x, weight=as_bytes(weight), scales=scales, gain=norm_weight, residual=residual, y=y, stride_x=x.stride(0),
+        x=x, weight=as_bytes(weight), gain=norm_weight, residual=residual, y=y, stride_x=x.stride(0),
         stride_r=0 if residual is None else residual.stride(0), N=N, F=F, C=C, eps=eps, ACTIVATION=activation,
         softcap=softcap, OVERLAP=overlap, launch_pdl=overlap,
     )
     if N <= MOST_SUMMED:
-        tile = sum_tile(weight.shape[0], C, N, weight.dtype, activation == "swiglu")
+        tile = sum_tile(weight.shape[0], C, N, weight.dtype, gated)
         kernel, words = (_linear_sum_kernel, {}) if P is None else (_linear_sum_int4_kernel, dict(P=P))
         launch(
-            kernel, (ceil_div(F, tile.BF * tile.R),), **shared, **words, BF=tile.BF, BC=tile.BC, R=tile.R,
+            kernel, (ceil_div(F, tile.BF * tile.R),), **shared, **words, scales=scales, BF=tile.BF, BC=tile.BC, R=tile.R,
             AHEAD=tile.ahead, num_warps=tile.warps,
         )
+    elif scales is None:
+        tile = rows_tile(N, C, F, gated)
+        launch(
+            _linear_rows_kernel, (ceil_div(F, tile.BF),), **shared, S=tile.warps, BN=tile.BN, BF=tile.BF, BC=tile.BC,
+            AHEAD=tile.ahead, XAHEAD=tile.x_ahead, num_warps=tile.warps,
+        )
     else:
-        tile = dot_tile(weight.dtype, x.element_size(), activation == "swiglu")
+        tile = dot_tile(weight.dtype, gated)
         line = min(1024, next_power_of_two(ceil_div(tile.BF * weight.shape[1] * weight.element_size(), 128)))
         launch(
-            _linear_dot_kernel, (ceil_div(F, tile.BF),), **shared, P=P, BN=max(16, next_power_of_two(N)), BF=tile.BF,
-            BC=tile.BC, STAGES=tile.stages, FETCH=line, num_warps=tile.warps,
+            _linear_dot_kernel, (ceil_div(F, tile.BF),), **shared, scales=scales, P=P, BN=max(16, next_power_of_two(N)),
+            BF=tile.BF, BC=tile.BC, STAGES=tile.stages, FETCH=line, num_warps=tile.warps,
         )
 
 
 def _linear_many(
     x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float | None, activation: str | None,
-    residual: Tensor | None, softcap: float | None, dtype: torch.dtype,
-) -> Tensor:
-    """More rows, as of a prompt: the product is cuBLAS's."""
+    residual: Tensor | None, softcap: float | None, y: Tensor,
+) -> None:
+    """Fill y [N, F] for more rows, as of a prompt: the product is cuBLAS's."""
     if eps is not None:
         x = rmsnorm(x, norm_weight, eps=eps)
-    w = weight if scales is None else _dequantise(weight, scales, x.shape[1], x.dtype)
-    y = activate(F.linear(x, w), activation)
-    y = (y if residual is None else y + residual).to(dtype)
-    return y if softcap is None else softcap * torch.tanh(y / softcap)
+    z = F.linear(x, weight if scales is None else _dequantise(weight, scales, x.shape[1], x.dtype))
+    overlap = can_overlap(x.device)
+    launch(
+        _finish_kernel, (ceil_div(y.numel(), FINISHED),), z=z, residual=residual, y=y,
+        stride_r=0 if residual is None else residual.stride(0), n=y.numel(), F=y.shape[1], ACTIVATION=activation,
+        softcap=softcap, BT=FINISHED, OVERLAP=overlap, launch_pdl=overlap,
+    )
+
+
+def most_rows(x: Tensor, scales: Tensor | None) -> int:
+    """How many the kernels here take."""
+    if x.element_size() > 2:
+        return MOST_SUMMED
+    return MOST_TILED if scales is None else MOST_CODED
 
 
 def linear_decode(
@@ -525,13 +664,10 @@ def linear_decode(
         shape, dtype = (*x.shape[:-1], F), x.dtype if out_dtype is None else out_dtype
         x = rows_of(x)
         residual = None if residual is None else rows_of(residual) if F > 0 else residual.new_empty(x.shape[0], 0)
-        if x.shape[0] > MOST_TILED:
-            return _linear_many(
-                x, weight, scales, norm_weight, eps, activation, residual, softcap, dtype
-            ).view(shape)
         y = torch.empty((x.shape[0], F), dtype=dtype, device=x.device)
         if y.numel() > 0:
-            _linear_few(x, weight, scales, norm_weight, eps, activation, residual, softcap, y)
+            fill = _linear_few if x.shape[0] <= most_rows(x, scales) else _linear_many
+            fill(x, weight, scales, norm_weight, eps, activation, residual, softcap, y)
         return y.view(shape)
 
 

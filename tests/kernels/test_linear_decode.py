@@ -34,17 +34,38 @@ def wide(name: str, value: object) -> object:
 @pytest.mark.parametrize("N", [1, 3, 6])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("group", GROUPS)
-def test_codes_as_they_are_saved(N, form, group, device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_codes_as_they_are_saved(N, form, group, dtype, device):
     """Scales of int4 are bf16, in no dtype the contract tests."""
     codes, scales = quantise(torch.randn(19, 200, device=device), form, group)
-    compare(dict(x=torch.randn(N, 200, device=device), weight=codes, scales=scales, eps=1e-6))
+    compare(dict(x=torch.randn(N, 200, device=device, dtype=dtype), weight=codes, scales=scales, eps=1e-6))
 
 
-@pytest.mark.parametrize("N", [1, 2, 4, 5, 16, 17, 32, 33, 65])
-def test_any_number_of_rows(N, device):
+@pytest.mark.parametrize("form", [None, *FORMS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_wide_numbers_of_many_rows(form, dtype, device):
+    """Tensor cores have none of fp32; of fp64 Triton refused some tiles, and the process died of it."""
+    inputs = CASES[OP].make(dict(N=6, C=130, F=24, norm=True, residual=True), dtype, device)
+    if form is not None:
+        inputs["weight"], inputs["scales"] = quantise(inputs["weight"], form)
+    judge(OP, run(OP, linear_decode, inputs), inputs)
+
+
+@pytest.mark.parametrize("N", [1, 2, 4, 5, 16, 17, 32, 33, 64, 65])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_any_number_of_rows(N, dtype, device):
     """Around each limit from one kernel to the next."""
-    inputs = CASES[OP].make(dict(N=N, C=70, F=23, norm=True, activation="relu2", residual=True), torch.float32, device)
-    judge(OP, run(OP, linear_decode, CASES[OP].cast(inputs, torch.float32)), inputs)
+    inputs = CASES[OP].make(dict(N=N, C=70, F=23, norm=True, activation="relu2", residual=True), dtype, device)
+    judge(OP, run(OP, linear_decode, CASES[OP].cast(inputs, dtype)), inputs)
+
+
+@pytest.mark.parametrize("N", [5, 40, 70])
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+def test_many_rows_of_many_columns(N, activation, device):
+    """Several blocks of columns, the last of them not full; half as many of gate and up are on their way."""
+    gain, out_dtype = torch.randn(1000, device=device, dtype=torch.float16), torch.float32
+    inputs = CASES[OP].make(dict(N=N, C=1000, F=18, norm=True, activation=activation), torch.float16, device)
+    compare(inputs | dict(norm_weight=gain, out_dtype=out_dtype, softcap=2.0))
 
 
 @pytest.mark.parametrize("N", [1, 3, 7])
@@ -62,13 +83,13 @@ def test_parts_of_a_weight_are_weights(device):
         compare(dict(x=torch.randn(2, 64, device=device), weight=stacked[rows], out_dtype=torch.float32))
 
 
-@pytest.mark.parametrize("N", [2, 7])
+@pytest.mark.parametrize("N", [2, 7, 40])
 def test_a_row_has_its_bits_whatever_the_others_hold(N, device):
     for form in (None, *FORMS):
-        weight, scales = torch.randn(24, 256, device=device), None
+        weight, scales = torch.randn(24, 256, device=device, dtype=torch.float16), None
         if form is not None:
             weight, scales = quantise(weight, form)
-        x = torch.randn(N, 256, device=device)
+        x = torch.randn(N, 256, device=device, dtype=torch.float16)
         alone = linear_decode(x, weight, scales, eps=1e-6)
         x[1:] = torch.nan
         assert torch.equal(linear_decode(x, weight, scales, eps=1e-6)[0], alone[0])
