@@ -23,8 +23,9 @@ steps are taken on X.
 For bf16 nearly all between the first product and the last is kept in fp16: no number is larger than 70, and three more bits
 bring the result closer to the exact one than an iteration in bf16 comes. Sums run in fp32 (fp64 for fp64).
 
-Small matrices, up to 64 × 64, take all five steps in one program each. Programs write their own tiles and nothing else,
-and what they do does not depend on how many matrices there are, so neither timing nor neighbours change a bit.
+On Hopper the products of large matrices are those of hopper_symmetric.py. Small ones, up to 64 × 64, take all five steps in
+one program each. Programs write their own tiles and nothing else, and what they do does not depend on how many matrices
+there are, so neither timing nor neighbours change a bit.
 """
 
 from typing import NamedTuple
@@ -34,20 +35,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime import JITFunction
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels_torch.newton_schulz import POLAR_EXPRESS, check_newton_schulz
-from kernels_triton.launch import (
-    ceil_div,
-    check_gpu,
-    is_hopper,
-    launch,
-    launch_with_descriptors,
-    n_processors,
-    next_power_of_two,
-)
-from kernels_triton.matmul import _halves
+from kernels_triton.launch import ceil_div, check_gpu, is_hopper, launch, next_power_of_two
 from kernels_triton.primitives import upcast
+
+try:
+    from kernels_triton import hopper_symmetric
+except (ImportError, AttributeError):  # a Triton whose Gluon has other names
+    hopper_symmetric = None
 
 STEPS = tl.constexpr(POLAR_EXPRESS)
 N_STEPS = len(POLAR_EXPRESS)
@@ -60,17 +56,13 @@ MOST_LINES = 64   # parts of one matrix that are summed by a program each
 
 
 class Tile(NamedTuple):
-    """BM × BN values of the result, BD terms of the sum at a time, by `warps` warps, `stages` blocks on their way.
-
-    stay    programs a processor that go from tile to tile; None: a program for each tile
-    """
+    """BM × BN values of the result, BD terms of the sum at a time, by `warps` warps, `stages` blocks on their way."""
 
     BM: int
     BN: int
     BD: int
     warps: int
     stages: int
-    stay: int | None
 
 
 @triton.jit
@@ -116,16 +108,13 @@ def _zeros(BM: tl.constexpr, BN: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _rows(x, i_k, r, d, o_r, o_d, R, D, TMA: tl.constexpr, EVEN: tl.constexpr):
+def _rows(x, i_k, r, d, o_r, o_d, R, D, EVEN: tl.constexpr):
     """[BR, BD] of x [K, R, D], from row r and column d on."""
-    if TMA:
-        return tl.reshape(x.load([i_k, r, d]), (o_r.shape[0], o_d.shape[0]))
+    p_x = x + (i_k.to(tl.int64) * R + r) * D + d + o_r[:, None] * D + o_d[None, :]
+    if EVEN:
+        return tl.load(p_x)
     else:
-        p_x = x + (i_k.to(tl.int64) * R + r) * D + d + o_r[:, None] * D + o_d[None, :]
-        if EVEN:
-            return tl.load(p_x)
-        else:
-            return tl.load(p_x, mask=(r + o_r < R)[:, None] & (d + o_d < D)[None, :], other=0.0)
+        return tl.load(p_x, mask=(r + o_r < R)[:, None] & (d + o_d < D)[None, :], other=0.0)
 
 
 @triton.jit
@@ -138,103 +127,74 @@ def _times(b_x, number, STEP: tl.constexpr, I: tl.constexpr):
 
 
 @triton.jit
-def _store_twice(
-    b_out, z, out, mirror, beta, i_k, r, c, n, TMA: tl.constexpr, EVEN: tl.constexpr, STEP: tl.constexpr,
-):
-    """b_out + β z at row r and column c of out [K, n, n], and its transpose at column r and row c."""
-    o_r, o_c = tl.arange(0, b_out.shape[0]), tl.arange(0, b_out.shape[1])
-    if z is not None:
-        b_out += _times(_rows(z, i_k, r, c, o_r, o_c, n, n, TMA, EVEN).to(b_out.dtype), beta, STEP, 1)
-    b_out = b_out.to(out.dtype if TMA else out.dtype.element_ty)
-    if TMA:
-        out.store([i_k, r, c], tl.reshape(b_out, (1, b_out.shape[0], b_out.shape[1])))
-        # A tile on the diagonal is its own mirror to the last bit, since both halves were added in one order.
-        mirror.store([i_k, c, r], tl.reshape(tl.trans(b_out), (1, b_out.shape[1], b_out.shape[0])))
-    else:  # of a tile on the diagonal the lower half is stored twice, and the upper not at all
-        p_out = out + (i_k.to(tl.int64) * n + r) * n + c + o_r[:, None] * n + o_c[None, :]
-        m = (r + o_r < n)[:, None] & (c + o_c < n)[None, :] & ((r + o_r)[:, None] >= (c + o_c)[None, :])
-        tl.store(p_out, b_out, mask=m)
-        p_out = out + (i_k.to(tl.int64) * n + c) * n + r + o_c[:, None] * n + o_r[None, :]
-        m = (c + o_c < n)[:, None] & (r + o_r < n)[None, :] & ((r + o_r)[None, :] > (c + o_c)[:, None])
-        tl.store(p_out, tl.trans(b_out), mask=m)
-
-
-@triton.jit
 def _symmetric_kernel(
-    x, y, z, out, mirror, lines, alpha, beta, gamma, n, d, n_tiles, n_all,
-    TALL: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STAY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
-    STEP: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
+    x, y, z, out, lines, alpha, beta, gamma, n, d, n_tiles,
+    TALL: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, BP: tl.constexpr, STEP: tl.constexpr,
+    BN: tl.constexpr, BD: tl.constexpr,
 ):
     """out [n, n] = α s² x yᵀ + β z + γ I  (TALL: xᵀ y), known to be symmetric; s is 1 without lines.
 
-    mirror is out, seen through other blocks. STEP: whose γ, β and α are meant, in more digits than Triton hands over.
+    STEP: whose γ, β and α are meant, in more digits than Triton hands over.
     """
-    dtype: tl.constexpr = out.dtype if TMA else out.dtype.element_ty
-    o_n, o_d = tl.arange(0, BN), tl.arange(0, BD)
-    for i_tile in tl.range(tl.program_id(0), n_all, tl.num_programs(0), flatten=STAY):
-        i_k = i_tile // n_tiles
-        i_r, i_c = _below_diagonal(i_tile % n_tiles)
-        r, c = i_r * BN, i_c * BN
-        b_out = _zeros(BN, BN, dtype)                                                                   # [BN, BN]
-        for i_d in range(tl.cdiv(d, BD)):
-            if TALL:
-                b_x = _rows(x, i_k, i_d * BD, r, o_d, o_n, d, n, TMA, EVEN)                             # [BD, BN]
-                b_y = _rows(y, i_k, i_d * BD, c, o_d, o_n, d, n, TMA, EVEN)
-                b_out = tl.dot(tl.trans(b_x), b_y, b_out, input_precision="ieee", out_dtype=b_out.dtype)
-            else:
-                b_x = _rows(x, i_k, r, i_d * BD, o_n, o_d, n, d, TMA, EVEN)                             # [BN, BD]
-                b_y = _rows(y, i_k, c, i_d * BD, o_n, o_d, n, d, TMA, EVEN)
-                b_out = tl.dot(b_x, tl.trans(b_y), b_out, input_precision="ieee", out_dtype=b_out.dtype)
-        b_out = _times(b_out, alpha, STEP, 2)
-        if lines is not None:
-            scale = _scale_of(lines, i_k, P, BP)
-            b_out *= scale * scale
-        if z is not None:
-            on_diagonal = (r + o_n)[:, None] == (c + o_n)[None, :]
-            if STEP is None:
-                b_out = tl.where(on_diagonal, b_out + gamma, b_out)
-            else:
-                b_out = tl.where(on_diagonal, b_out + STEPS[STEP][0], b_out)
-        if TMA:  # in two pieces: room for one more stage, or one more program
-            b_left, b_right = _halves(b_out)                                                            # [BN, BN / 2]
-            _store_twice(b_left, z, out, mirror, beta, i_k, r, c, n, TMA, EVEN, STEP)
-            _store_twice(b_right, z, out, mirror, beta, i_k, r, c + BN // 2, n, TMA, EVEN, STEP)
+    i_k = tl.program_id(0) // n_tiles
+    i_r, i_c = _below_diagonal(tl.program_id(0) % n_tiles)
+    r, c, o_n, o_d = i_r * BN, i_c * BN, tl.arange(0, BN), tl.arange(0, BD)
+    b_out = _zeros(BN, BN, out.dtype.element_ty)                                                        # [BN, BN]
+    for i_d in range(tl.cdiv(d, BD)):
+        if TALL:
+            b_x = _rows(x, i_k, i_d * BD, r, o_d, o_n, d, n, EVEN)                                      # [BD, BN]
+            b_y = _rows(y, i_k, i_d * BD, c, o_d, o_n, d, n, EVEN)
+            b_out = tl.dot(tl.trans(b_x), b_y, b_out, input_precision="ieee", out_dtype=b_out.dtype)
         else:
-            _store_twice(b_out, z, out, mirror, beta, i_k, r, c, n, TMA, EVEN, STEP)
+            b_x = _rows(x, i_k, r, i_d * BD, o_n, o_d, n, d, EVEN)                                      # [BN, BD]
+            b_y = _rows(y, i_k, c, i_d * BD, o_n, o_d, n, d, EVEN)
+            b_out = tl.dot(b_x, tl.trans(b_y), b_out, input_precision="ieee", out_dtype=b_out.dtype)
+    b_out = _times(b_out, alpha, STEP, 2)
+    if lines is not None:
+        scale = _scale_of(lines, i_k, P, BP)
+        b_out *= scale * scale
+    if z is not None:
+        b_out += _times(_rows(z, i_k, r, c, o_n, o_n, n, n, EVEN).to(b_out.dtype), beta, STEP, 1)
+        on_diagonal = (r + o_n)[:, None] == (c + o_n)[None, :]
+        if STEP is None:
+            b_out = tl.where(on_diagonal, b_out + gamma, b_out)
+        else:
+            b_out = tl.where(on_diagonal, b_out + STEPS[STEP][0], b_out)
+    b_out = b_out.to(out.dtype.element_ty)
+    # Of a tile on the diagonal the lower half is stored twice, and the upper not at all.
+    o_r, o_c = r + o_n, c + o_n
+    out += i_k.to(tl.int64) * n * n
+    m = (o_r < n)[:, None] & (o_c < n)[None, :]
+    tl.store(out + o_r[:, None] * n + o_c[None, :], b_out, mask=m & (o_r[:, None] >= o_c[None, :]))
+    m = (o_c < n)[:, None] & (o_r < n)[None, :]
+    tl.store(out + o_c[:, None] * n + o_r[None, :], tl.trans(b_out), mask=m & (o_r[None, :] > o_c[:, None]))
 
 
 @triton.jit
 def _product_kernel(
-    s, x, out, lines, r, c, n_c, n_tiles, n_all,
-    TALL: tl.constexpr, TMA: tl.constexpr, EVEN: tl.constexpr, STAY: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
+    s, x, out, lines, r, c, n_c, n_tiles,
+    TALL: tl.constexpr, EVEN: tl.constexpr, P: tl.constexpr, BP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
 ):
     """out [r, c] = scale · s x  (TALL: scale · x s) for a symmetric s; the scale is 1 without lines."""
-    dtype: tl.constexpr = out.dtype if TMA else out.dtype.element_ty
+    i_k, i_in = tl.program_id(0) // n_tiles, tl.program_id(0) % n_tiles
+    m, n = (i_in // n_c) * BM, (i_in % n_c) * BN
     o_m, o_n, o_d = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BD)
     d = c if TALL else r
-    for i_tile in tl.range(tl.program_id(0), n_all, tl.num_programs(0), flatten=STAY):
-        i_k, i_in = i_tile // n_tiles, i_tile % n_tiles
-        m, n = (i_in // n_c) * BM, (i_in % n_c) * BN
-        b_out = _zeros(BM, BN, dtype)                                                                   # [BM, BN]
-        for i_d in range(tl.cdiv(d, BD)):
-            if TALL:
-                b_x = _rows(x, i_k, m, i_d * BD, o_m, o_d, r, c, TMA, EVEN)                             # [BM, BD]
-                b_s = _rows(s, i_k, n, i_d * BD, o_n, o_d, c, c, TMA, EVEN)                             # [BN, BD]
-                b_out = tl.dot(b_x, tl.trans(b_s), b_out, input_precision="ieee", out_dtype=b_out.dtype)
-            else:
-                b_s = _rows(s, i_k, m, i_d * BD, o_m, o_d, r, r, TMA, EVEN)                             # [BM, BD]
-                b_x = _rows(x, i_k, i_d * BD, n, o_d, o_n, r, c, TMA, EVEN)                             # [BD, BN]
-                b_out = tl.dot(b_s, b_x, b_out, input_precision="ieee", out_dtype=b_out.dtype)
-        if lines is not None:
-            b_out *= _scale_of(lines, i_k, P, BP)
-        if TMA:
-            b_left, b_right = _halves(b_out.to(dtype))                                                  # [BM, BN / 2]
-            out.store([i_k, m, n], tl.reshape(b_left, (1, BM, BN // 2)))
-            out.store([i_k, m, n + BN // 2], tl.reshape(b_right, (1, BM, BN // 2)))
+    b_out = _zeros(BM, BN, out.dtype.element_ty)                                                        # [BM, BN]
+    for i_d in range(tl.cdiv(d, BD)):
+        if TALL:
+            b_x = _rows(x, i_k, m, i_d * BD, o_m, o_d, r, c, EVEN)                                      # [BM, BD]
+            b_s = _rows(s, i_k, n, i_d * BD, o_n, o_d, c, c, EVEN)                                      # [BN, BD]
+            b_out = tl.dot(b_x, tl.trans(b_s), b_out, input_precision="ieee", out_dtype=b_out.dtype)
         else:
-            p_out = out + (i_k.to(tl.int64) * r + m) * c + n + o_m[:, None] * c + o_n[None, :]
-            tl.store(p_out, b_out.to(dtype), mask=(m + o_m < r)[:, None] & (n + o_n < c)[None, :])
+            b_s = _rows(s, i_k, m, i_d * BD, o_m, o_d, r, r, EVEN)                                      # [BM, BD]
+            b_x = _rows(x, i_k, i_d * BD, n, o_d, o_n, r, c, EVEN)                                      # [BD, BN]
+            b_out = tl.dot(b_s, b_x, b_out, input_precision="ieee", out_dtype=b_out.dtype)
+    if lines is not None:
+        b_out *= _scale_of(lines, i_k, P, BP)
+    p_out = out + (i_k.to(tl.int64) * r + m) * c + n + o_m[:, None] * c + o_n[None, :]
+    tl.store(p_out, b_out.to(out.dtype.element_ty), mask=(m + o_m < r)[:, None] & (n + o_n < c)[None, :])
 
 
 @triton.jit
@@ -266,16 +226,10 @@ def _small_kernel(
     tl.store(p_out, b_x.to(out.dtype.element_ty), mask=m)
 
 
-# By TMA, H200 in bf16, all steps between events: 80 × 1280 × 1280 7.19 ms (the reference 10.62), 20 × 1280 × 5120 3.71 (7.94;
-# by the steps on X 5.16), 20 × 5120 × 1280 3.67 (7.90), 48 × 768 × 768 1.17 (1.71), 12 × 768 × 3072 0.69 (1.30). The GPU was
-# shared with tests, and other tiles are not measured yet.
-SYMMETRIC = Tile(128, 128, 64, 4, 3, None)
-PRODUCT = Tile(128, 256, 64, 8, 4, 1)
-# Up to this the GPU is done before the host has described its tensors to TMA (24 × 384 × 384: 13 µs a product and 100 µs a
-# launch, 2.1 ms in all where the reference took 0.73): there it is left out. Without it nothing was measured.
+# Up to this the GPU is done before the host has described its tensors to the copy engine: there Triton's kernels do it.
 NARROW = 512
-PORTABLE = Tile(64, 64, 32, 4, 3, None)  # there, on other GPUs, for other dtypes and for sizes that TMA cannot read
-INTERPRETER = Tile(64, 64, 64, 4, 1, None)
+PORTABLE = Tile(64, 64, 32, 4, 3)  # there, on other GPUs, for other dtypes and for sizes that the copy engine cannot read
+INTERPRETER = Tile(64, 64, 64, 4, 1)
 
 
 class Stack:
@@ -284,66 +238,58 @@ class Stack:
     def __init__(self, x: Tensor, inner: torch.dtype) -> None:
         (self.K, self.r, self.c), self.inner, self.device = x.shape, inner, x.device
         self.n, self.d, self.tall = min(self.r, self.c), max(self.r, self.c), self.r > self.c
-        halves = x.dtype in (torch.bfloat16, torch.float16)
-        self.tma = halves and self.n > NARROW and self.n % 8 == 0 and self.d % 8 == 0 and is_hopper(x.device)
-
-    def tile(self, hopper: Tile) -> Tile:
-        if self.tma:
-            return hopper
-        return PORTABLE if self.device.type == "cuda" else INTERPRETER
+        self.on_hopper = goes_by_hopper(x, x.dtype)
+        self.tile = PORTABLE if x.is_cuda else INTERPRETER
 
     def symmetric(
         self, x: Tensor, y: Tensor, z: Tensor | None = None, step: int | None = None, lines: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
         """α s² x yᵀ + β z + γ I [K, n, n], and of the tall X itself xᵀ y; γ, β and α are those of a step, else 0, 0, 1."""
-        tile, tall = self.tile(SYMMETRIC), self.tall and x.shape[1] != x.shape[2]
+        square, t = x.shape[1] == x.shape[2], self.tile
+        tall, d = self.tall and not square, self.n if square else self.d
         out = torch.empty((self.K, self.n, self.n), dtype=dtype or self.inner, device=self.device)
-        d = self.n if x.shape[1] == x.shape[2] else self.d
-        side = ceil_div(self.n, tile.BM)
+        if self.on_hopper:
+            assert z is None or z is x
+            numbers = None if step is None else POLAR_EXPRESS[step]
+            hopper_symmetric.symmetric_product(x, y, out, tall=tall, numbers=numbers, lines=lines)
+            return out
+        side = ceil_div(self.n, t.BM)
         n_tiles = side * (side + 1) // 2
-        block = [1, tile.BD, tile.BM] if tall else [1, tile.BM, tile.BD]
-        half, other = [1, tile.BM, tile.BM // 2], [1, tile.BM // 2, tile.BM]
-        even = self.n % tile.BM == 0 and d % tile.BD == 0
         gamma, beta, alpha = (0.0, 0.0, 1.0) if step is None else POLAR_EXPRESS[step]
         self.launch(
-            _symmetric_kernel, tile, self.K * n_tiles,
-            dict(x=(x, block), y=(y, block), z=z if z is None else (z, half), out=(out, half), mirror=(out, other)), lines,
-            alpha=alpha, beta=beta, gamma=gamma, n=self.n, d=d, n_tiles=n_tiles, TALL=tall, EVEN=even, BN=tile.BM,
-            STEP=step if self.inner == torch.float64 else None,
+            _symmetric_kernel, n_tiles, x=x, y=y, z=z, out=out, lines=lines, alpha=alpha, beta=beta, gamma=gamma, n=self.n, d=d,
+            TALL=tall, EVEN=self.n % t.BM == 0 and d % t.BD == 0, STEP=step if self.inner == torch.float64 else None, BN=t.BM,
         )
         return out
 
     def product(self, s: Tensor, x: Tensor, lines: Tensor | None = None, dtype: torch.dtype | None = None) -> Tensor:
         """scale · s x, of a tall x: scale · x s."""
-        tile = self.tile(PRODUCT)
-        out = torch.empty(x.shape, dtype=dtype or self.inner, device=self.device)
-        n_c = ceil_div(self.c, tile.BN)
-        n_tiles = ceil_div(self.r, tile.BM) * n_c
-        right = [1, tile.BN, tile.BD] if self.tall else [1, tile.BD, tile.BN]
-        left = [1, tile.BM, tile.BD]
-        blocks = dict(s=(s, right), x=(x, left)) if self.tall else dict(s=(s, left), x=(x, right))
-        blocks["out"] = (out, [1, tile.BM, tile.BN // 2])
-        even = self.r % tile.BM == 0 and self.c % tile.BN == 0 and self.n % tile.BD == 0
+        t, out = self.tile, torch.empty(x.shape, dtype=dtype or self.inner, device=self.device)
+        if self.on_hopper:
+            left, right = (x, s) if self.tall else (s, x)
+            hopper_symmetric.product(left, right, out, right_is_symmetric=self.tall, lines=lines)
+            return out
+        n_c = ceil_div(self.c, t.BN)
         self.launch(
-            _product_kernel, tile, self.K * n_tiles, blocks, lines, r=self.r, c=self.c, n_c=n_c, n_tiles=n_tiles,
-            TALL=self.tall, EVEN=even, BM=tile.BM, BN=tile.BN,
+            _product_kernel, ceil_div(self.r, t.BM) * n_c, s=s, x=x, out=out, lines=lines, r=self.r, c=self.c, n_c=n_c,
+            TALL=self.tall, EVEN=self.r % t.BM == 0 and self.c % t.BN == 0 and self.n % t.BD == 0, BM=t.BM, BN=t.BN,
         )
         return out
 
-    def launch(
-        self, kernel: JITFunction, tile: Tile, n_all: int, blocks: dict[str, tuple], lines: Tensor | None, **args
-    ) -> None:
-        """blocks: name of an argument → tensor, and the block that TMA moves at a time."""
-        P = 1 if lines is None else lines.shape[1]
-        args |= dict(lines=lines, n_all=n_all, P=P, BP=next_power_of_two(P), BD=tile.BD, TMA=self.tma)
-        args |= dict(STAY=tile.stay is not None, num_warps=tile.warps, num_stages=tile.stages)
-        if self.tma:
-            programs = n_all if tile.stay is None else min(n_all, tile.stay * n_processors(self.device))
-            blocks = {name: TensorDescriptor.from_tensor(*block) if block else None for name, block in blocks.items()}
-            launch_with_descriptors(kernel, (programs,), self.device, **blocks, **args)
-        else:
-            launch(kernel, (n_all,), **{name: block and block[0] for name, block in blocks.items()}, **args)
+    def launch(self, kernel: JITFunction, n_tiles: int, *, lines: Tensor | None, **args) -> None:
+        P, t = 1 if lines is None else lines.shape[1], self.tile
+        launch(
+            kernel, (self.K * n_tiles,), lines=lines, n_tiles=n_tiles, P=P, BP=next_power_of_two(P), BD=t.BD,
+            num_warps=t.warps, num_stages=t.stages, **args,
+        )
+
+
+def goes_by_hopper(g: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the steps on a stack like g are taken in `dtype` by hopper_symmetric.py."""
+    n, d = min(g.shape[1:]), max(g.shape[1:])
+    halves = dtype in (torch.bfloat16, torch.float16)
+    return hopper_symmetric is not None and halves and n > NARROW and n % 8 == 0 and d % 8 == 0 and is_hopper(g.device)
 
 
 def sums_of_squares(g: Tensor) -> Tensor:
@@ -421,4 +367,17 @@ def newton_schulz(g: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """
     check_newton_schulz(g)
     check_gpu(g=g)
+    if torch.compiler.is_compiling() and goes_by_hopper(g, dtype):
+        return _operator(g.detach(), dtype)
     return _newton_schulz(g.detach(), dtype)
+
+
+@torch.library.custom_op("kestrel::newton_schulz", mutates_args=())
+def _operator(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """For torch.compile, which cannot trace a kernel that is not tl's."""
+    return _newton_schulz(g, dtype)
+
+
+@_operator.register_fake
+def _(g: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty(g.shape, dtype=dtype, device=g.device)

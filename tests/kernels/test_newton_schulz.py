@@ -6,6 +6,7 @@ import torch
 from kernels_torch import newton_schulz as module_function
 from kernels_torch.newton_schulz import POLAR_EXPRESS
 from tests.conftest import HAS_GPU
+from tests.kernels.hopper import on_hopper, run_without_interpreter
 from tests.kernels.test_contract import BACKENDS, MODULES
 
 needs_triton = pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
@@ -129,7 +130,7 @@ def test_symmetric_products_are_symmetric_to_the_last_bit(n, device):
     "shape", [(3, 520, 520), (2, 648, 1304), (2, 1304, 648), (1, 768, 3072), (2, 130, 390)], ids=str
 )
 def test_large_stacks_in_bf16_are_as_exact_as_plain_pytorch(shape, device):
-    """Those that go by TMA, with tiles at the edge, and one that cannot."""
+    """Those that Hopper has a kernel for, with tiles at the edge, and one that it has none for."""
     g = torch.randn(shape, device=device).bfloat16()
     newton_schulz = MODULES["triton"].newton_schulz
     got = newton_schulz(g)
@@ -141,16 +142,104 @@ def test_large_stacks_in_bf16_are_as_exact_as_plain_pytorch(shape, device):
 
 @pytest.mark.gpu
 @needs_triton
-def test_symmetric_products_by_tma_are_symmetric_to_the_last_bit(device):
-    from kernels_triton.newton_schulz import Stack
+@on_hopper
+@pytest.mark.parametrize(
+    "shape", [(3, 256, 256), (40, 384, 384), (2, 648, 1304), (2, 600, 648), (30, 200, 328)], ids=str
+)
+def test_products_on_hopper(shape, device):
+    """Each kind, also with tiles beyond the ends of matrices, and with more tiles than processors: rounded once."""
+    from kernels_triton import hopper_symmetric as hopper
+    from kernels_triton.newton_schulz import sums_of_squares
 
-    for shape in ((2, 648, 1304), (2, 1304, 648)):
-        x = (torch.randn(shape, device=device) / 1000).bfloat16()
-        stack = Stack(x, torch.float16)
-        A = stack.symmetric(x, x)
-        S = stack.symmetric(A, A, A, 0)
-        assert torch.equal(A, A.mT)
-        assert torch.equal(S, S.mT)
+    K, n, _ = shape
+    x = torch.randn(shape, device=device).bfloat16()
+    lines, wide = sums_of_squares(x), x.double()
+    s = 1 / (1.01 * wide.square().sum((1, 2), keepdim=True).sqrt() + 1e-6)
+    eye = torch.eye(n, device=device, dtype=torch.float64)
+
+    def check(run, like, exact, *, symmetric=False):
+        got, again = (torch.full_like(like, torch.nan) for _ in range(2))
+        run(got)
+        run(again)
+        assert torch.equal(got, again)
+        assert not symmetric or torch.equal(got, got.mT)
+        rounded = exact.to(got.dtype).double()
+        assert (got.double() - exact).square().mean() <= 2 * (rounded - exact).square().mean() + 1e-16
+        return got
+
+    halves = torch.empty(K, n, n, dtype=torch.float16, device=device)
+    gram = wide @ wide.mT * s * s
+    tall = x.mT.contiguous()
+    A = check(lambda out: hopper.symmetric_product(x, x, out, lines=lines), halves, gram, symmetric=True)
+    check(lambda out: hopper.symmetric_product(tall, tall, out, tall=True, lines=lines), halves, gram, symmetric=True)
+    gamma, beta, alpha = POLAR_EXPRESS[1]
+    exact = gamma * eye + beta * A.double() + alpha * A.double() @ A.double()
+    run = lambda out: hopper.symmetric_product(A, A, out, numbers=POLAR_EXPRESS[1])
+    S = check(run, halves, exact, symmetric=True)
+    check(lambda out: hopper.symmetric_product(S, A, out), halves, S.double() @ A.double())
+    left = S.bfloat16()
+    exact = left.double() @ wide * s
+    check(lambda out: hopper.product(left, x, out, right_is_symmetric=False, lines=lines), x, exact)
+    check(lambda out: hopper.product(tall, left, out, right_is_symmetric=True, lines=lines), tall, exact.mT)
+
+
+@pytest.mark.gpu
+@needs_triton
+@on_hopper
+def test_large_stacks_compiled_and_in_a_cuda_graph(device):
+    g = torch.randn(2, 648, 1304, device=device).bfloat16()
+    newton_schulz = MODULES["triton"].newton_schulz
+    expected = newton_schulz(g)
+    assert torch.equal(torch.compile(newton_schulz, fullgraph=True)(g), expected)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = newton_schulz(g)
+    g.neg_()
+    graph.replay()
+    assert torch.equal(captured, -expected)
+
+
+COMPILE = """
+import sys
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from kernels_triton import hopper_symmetric as hopper
+from kernels_triton.attention.hopper.api import gl
+
+kind = sys.argv[1]
+kernel, BM, BK = hopper._products_kernel, hopper.BM, hopper.BK
+block = lambda *rows_and_columns: f"tensordesc<fp16{[1, *rows_and_columns]},{gl.NVMMASharedLayout(128, 16, 3)!r}>"
+along = dict(x=kind == "tall", y=kind in ("tall", "product"))
+signature = {name: block(BK, BM) if along[name] else block(BM, BK) for name in "xy"} | dict(out=block(BM, BM // 2))
+constants = dict(X_IS_KM=along["x"], Y_IS_KN=along["y"], SYMMETRIC=kind != "product", HAS_Z=kind == "with_z")
+constants |= dict(ALONG_ROWS=True, BM=BM, BK=BK, STAGES=hopper.STAGES, LINES=hopper.LINES)
+constants["REGISTERS"] = hopper.REGISTERS
+if kind == "product":
+    constants["mirror"] = None
+else:
+    signature["mirror"] = block(BM // 2, BM)
+if kind == "with_z":
+    constants["lines"] = None
+signature |= dict(lines="*fp32", alpha="fp32", beta="fp32", gamma="fp32")
+signature = {name: "constexpr" if name in constants else signature.get(name, "i32") for name in kernel.arg_names}
+options = dict(num_warps=4, maxnreg=hopper.AT_START)
+source = GluonASTSource(kernel, signature, constants)
+compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+assert compiled.metadata.shared <= 226 * 1024  # and two more programs' 1 KiB
+ptx = compiled.asm["ptx"]
+print(*(ptx.count(word) for word in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg", "griddepcontrol.wait")))
+"""
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["wide", "tall", "with_z", "product"])
+def test_products_for_hopper_compile_without_a_gpu(kind):
+    from kernels_triton.newton_schulz import hopper_symmetric
+
+    if hopper_symmetric is None:
+        pytest.skip("needs Triton 3.6 or newer")
+    assert all(count > 0 for count in run_without_interpreter(COMPILE, kind))
 
 
 def test_the_default_is_bf16(device):

@@ -8,14 +8,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language._core import builtin, ir
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from triton.experimental.gluon.language.nvidia.hopper import (  # isort: skip
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait,
 )
 
 __all__ = [
-    "TensorDescriptor", "as_box", "fence_async_shared", "gl", "gluon", "mbarrier", "new_barriers", "threads_meet", "tma_add",
-    "tma_load", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
+    "TensorDescriptor", "as_box", "fence_async_shared", "gdc_launch_dependents", "gdc_wait", "gl", "gluon", "mbarrier",
+    "new_barriers", "threads_meet", "tma_add", "tma_load", "tma_store", "tma_store_wait", "warpgroup_mma", "warpgroup_mma_wait",
 ]
 
 tma_load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared  # removed in 3.9
@@ -37,15 +38,15 @@ if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # 3.9
 
     @gluon.jit
     def as_box(s, x):
-        """A tile in shared memory [rows, D] as the copy engine knows it: a box [1, rows, 1, D] of the descriptor x."""
-        return s.reinterpret(x.dtype, [1, s.shape[0], 1, s.shape[1]], x.layout)
+        """A tile in shared memory [rows, D] as the copy engine knows it: a box of the descriptor x, such as [1, rows, 1, D]."""
+        return s.reinterpret(x.dtype, x.block_shape, x.layout)
 
 else:
 
     @gluon.jit
     def as_box(s, x):
-        """A tile in shared memory [rows, D] as the copy engine knows it: a box [1, rows, 1, D] of the descriptor x."""
-        return s._reinterpret(x.dtype, [1, s.shape[0], 1, s.shape[1]], x.layout)
+        """A tile in shared memory [rows, D] as the copy engine knows it: a box of the descriptor x, such as [1, rows, 1, D]."""
+        return s._reinterpret(x.dtype, x.block_shape, x.layout)
 
 
 if hasattr(tma, "async_atomic_add"):  # 3.9
