@@ -33,27 +33,28 @@ DESCEND = Tile(BT=1, BD=2048, warps=4)
 
 
 @triton.jit
-def _matrix(like, table, i_k, column, stride_k, ALIGNED: tl.constexpr):
-    """Where matrix i_k begins: by the table, or in a stack."""
+def _matrix(like, table, i_k, column, stride_k, ALIGNED: tl.constexpr, BYTES: tl.constexpr = 16):
+    """Where matrix i_k begins: by the table, or in a stack. ALIGNED: at a multiple of BYTES, or more, of which nothing is said."""
     if table is not None:
         p = tl.load(table + column).to(like.dtype)
     else:
         p = like + i_k * stride_k  # i_k has 64 bits, and so has the product; one matrix stays below 2³¹ values
     if ALIGNED:
-        p = tl.multiple_of(p, 16)
+        p = tl.multiple_of(p, BYTES)
     return p
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["u"])
 def _muon_momentum_kernel(
     grad, table, momentum, new_momentum, u, squares, mu, r, c, n_rows,
-    EQUILIBRATE: tl.constexpr, ALIGNED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    EQUILIBRATE: tl.constexpr, ALIGNED: tl.constexpr, U_ALIGNED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     """BT rows of one matrix: M, U and Σ G²."""
     i_k, i_t = (tl.program_id(0) // n_rows).to(tl.int64), tl.program_id(0) % n_rows
     grad = _matrix(grad, table, i_k, i_k, r * c, ALIGNED)
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     first = i_k * r * c
+    u = _matrix(u, None, i_k, 0, r * c, U_ALIGNED, 8)
     dtype: tl.constexpr = momentum.dtype.element_ty
     keep = tl.load(mu).to(dtype)
     b_squares = tl.zeros([BT], dtype=dtype)                                                             # [BT]
@@ -69,7 +70,7 @@ def _muon_momentum_kernel(
         b_g += keep * (b_m - b_g)
         b_norm += tl.sum(b_g * b_g, 1)
         if not EQUILIBRATE:
-            tl.store(u + first + o, b_g.to(u.dtype.element_ty), mask=m)
+            tl.store(u + o, b_g.to(u.dtype.element_ty), mask=m)
     tl.store(squares + tl.program_id(0), tl.sum(b_squares, 0))
     if EQUILIBRATE:
         b_norm = 1.0 / tl.maximum(tl.sqrt(b_norm), 1e-6)
@@ -79,19 +80,20 @@ def _muon_momentum_kernel(
             b_g = tl.load(grad + o, mask=m, other=0.0).to(dtype)
             b_m = tl.load(new_momentum + first + o, mask=m, other=0.0)  # each thread finds what it wrote
             b_g += keep * (b_m - b_g)
-            tl.store(u + first + o, (b_g * b_norm[:, None]).to(u.dtype.element_ty), mask=m)
+            tl.store(u + o, (b_g * b_norm[:, None]).to(u.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["u"])
 def _muon_momentum_rows_kernel(
     grad, table, momentum, new_momentum, u, squares, mu, r, c, n_rows,
-    EQUILIBRATE: tl.constexpr, ALIGNED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
+    EQUILIBRATE: tl.constexpr, ALIGNED: tl.constexpr, U_ALIGNED: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr,
 ):
     """The same with whole rows in registers: c ≤ BD."""
     i_k, i_t = (tl.program_id(0) // n_rows).to(tl.int64), tl.program_id(0) % n_rows
     grad = _matrix(grad, table, i_k, i_k, r * c, ALIGNED)
     o_t, o_d = i_t * BT + tl.arange(0, BT), tl.arange(0, BD)
     first = i_k * r * c
+    u = _matrix(u, None, i_k, 0, r * c, U_ALIGNED, 8)
     dtype: tl.constexpr = momentum.dtype.element_ty
     keep = tl.load(mu).to(dtype)
     m = (o_t < r)[:, None] & (o_d < c)[None, :]
@@ -104,7 +106,7 @@ def _muon_momentum_rows_kernel(
     b_g += keep * (b_m - b_g)                                                                           # U
     if EQUILIBRATE:
         b_g *= (1.0 / tl.maximum(tl.sqrt(tl.sum(b_g * b_g, 1)), 1e-6))[:, None]
-    tl.store(u + first + o, b_g.to(u.dtype.element_ty), mask=m)
+    tl.store(u + o, b_g.to(u.dtype.element_ty), mask=m)
 
 
 @triton.jit
@@ -191,10 +193,10 @@ def _factors_kernel(
         tl.store(factors + o, b_q * scale, mask=o < n)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["x"])
 def _descend_kernel(
     param, new_param, copy, table, x, factors, lr, weight_decay, r, c, n_blocks,
-    BY_ROW: tl.constexpr, ALIGNED: tl.constexpr, BD: tl.constexpr,
+    BY_ROW: tl.constexpr, ALIGNED: tl.constexpr, X_ALIGNED: tl.constexpr, BD: tl.constexpr,
 ):
     """BD values of a matrix, in the order of memory."""
     i_k, i_b = (tl.program_id(0) // n_blocks).to(tl.int64), tl.program_id(0) % n_blocks
@@ -207,7 +209,8 @@ def _descend_kernel(
     else:
         new_param += i_k * size
     dtype: tl.constexpr = factors.dtype.element_ty
-    b_x = tl.load(x + i_k * size + o, mask=m, other=0.0).to(dtype)                                      # [BD]
+    x = _matrix(x, None, i_k, 0, size, X_ALIGNED, 8)
+    b_x = tl.load(x + o, mask=m, other=0.0).to(dtype)                                      # [BD]
     b_p = tl.load(param + o, mask=m, other=0.0).to(dtype)                                               # [BD]
     if BY_ROW:
         b_x *= tl.load(factors + i_k * r + o // c, mask=m, other=0.0)
@@ -219,7 +222,7 @@ def _descend_kernel(
     b_p -= step.to(dtype) * b_x
     tl.store(new_param + o, b_p.to(new_param.dtype.element_ty), mask=m)
     if copy is not None:
-        copy = _matrix(copy, table, i_k, 2 * i_k + 1, size, ALIGNED)
+        copy = _matrix(copy, table, i_k, 2 * i_k + 1, size, ALIGNED, 8)
         tl.store(copy + o, b_p.to(copy.dtype.element_ty), mask=m)
 
 
@@ -243,6 +246,12 @@ def where_they_are(matrices: Stack, *others: Sequence[Tensor] | None) -> tuple[T
     n_columns = 1 + len(others)
     rows = [tuple(m.data_ptr() for m in row) + (0,) * (n_columns - len(row)) for row in zip(*columns)]
     return matrices[0], table_of(rows, matrices[0].device), all(aligned(*column) for column in columns)
+
+
+def eightfold(stack: Tensor) -> bool:
+    """Whether all matrices of a stack begin at multiples of 8 bytes."""
+    fits = stack.shape[1] * stack.shape[2] * stack.element_size() % 8 == 0
+    return fits and (torch.compiler.is_compiling() or stack.data_ptr() % 8 == 0)
 
 
 def in_one_piece(matrices: Stack) -> Stack:
@@ -276,7 +285,7 @@ def _muon_momentum(
     launch(
         _muon_momentum_rows_kernel if whole else _muon_momentum_kernel, (K * n_rows,), grad=grad, table=table,
         momentum=momentum, new_momentum=new, u=u, squares=squares, mu=mu, r=r, c=c, n_rows=n_rows,
-        EQUILIBRATE=equilibrate, ALIGNED=fits, BT=BT, BD=BD, num_warps=4 if BT * BD <= 4096 else 8,
+        EQUILIBRATE=equilibrate, ALIGNED=fits, U_ALIGNED=eightfold(u), BT=BT, BD=BD, num_warps=4 if BT * BD <= 4096 else 8,
     )
     return u, new, squares.sum(1)
 
@@ -327,7 +336,7 @@ def _muon_update(
     launch(
         _descend_kernel, (K * n_blocks,), param=param, new_param=param if in_place else new_params,
         copy=copies[0] if copies else None, table=table, x=x, factors=factors, lr=lr, weight_decay=weight_decay,
-        r=r, c=c, n_blocks=n_blocks, BY_ROW=r >= c, ALIGNED=fits, BD=DESCEND.BD, num_warps=DESCEND.warps,
+        r=r, c=c, n_blocks=n_blocks, BY_ROW=r >= c, ALIGNED=fits, X_ALIGNED=eightfold(x), BD=DESCEND.BD, num_warps=DESCEND.warps,
     )
     return new_params, new
 
