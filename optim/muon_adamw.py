@@ -8,8 +8,10 @@ There is no DistributedDataParallel: every rank holds all parameters and the gra
     3  wait for every group's updated rows and copy them back
 
 which is ZeRO-2's memory for the price of an all-reduce. One process is the same code: it owns all rows and what it
-would send is returned to it (optim/sharding.py); gradients and parameters stay where they are. Clipping and fp16 must
-know the norm of all gradients before the first parameter moves; only then do all waits come before the first update.
+would send is returned to it (optim/sharding.py); gradients and parameters stay where they are. Alone on a GPU, what
+only moves data, AdamW and Muon before and after Newton-Schulz, runs beside the products of Newton-Schulz. Clipping and
+fp16 must know the norm of all gradients before the first parameter moves; only then do all waits come before the first
+update.
 
 Arithmetic and state are fp32 whatever a parameter is stored in: in bf16 a moving average with 1 − β₂ = 0.005 stalls at
 61% of a constant signal. The state leaves this class as whole tensors named after their parameters, so it can be saved
@@ -92,6 +94,9 @@ class MuonAdamW:
         for group in self.groups:
             group.place_rates([next(unused) for _ in range(group.n_rates)], rates)
         self.early = EarlyReduction(self.groups, self.ranks) if self.ranks.size > 1 else None
+        self.streams = None
+        if self.ranks.size == 1 and device.type == "cuda" and muon:
+            self.streams = torch.cuda.Stream(device, priority=-1), torch.cuda.Stream(device)
         self.steps = 0
 
     def expect_last_gradients(self) -> None:
@@ -144,13 +149,49 @@ class MuonAdamW:
                 return StepResult(grad_norm, skipped=True)
             for group in self.groups:
                 group.scale_gradients(factor)
-        for group in self.groups:
-            group.wait_reduce()
-            group.update()
-            group.start_gather()
+        if self.streams is not None:
+            self.update_side_by_side()
+        else:
+            for group in self.groups:
+                group.wait_reduce()
+                group.update()
+                group.start_gather()
         for group in self.groups:
             group.wait_gather()
         return StepResult(self._grad_norm() if grad_norm is None else grad_norm, skipped=False)
+
+    def update_side_by_side(self) -> None:
+        """What `update` does to group after group, on two streams: one group's products beside what moves others' data.
+
+        Products go first where there is room for either. What stages hand on is held until both streams have ended.
+        """
+        caller, (products, data) = torch.cuda.current_stream(self.groups[0].device), self.streams
+        muon = sorted((g for g in self.groups if g.n_stages > 1), key=lambda g: -sum(p.numel() for p in g.params))
+        for group in self.groups:
+            group.wait_reduce()
+        products.wait_stream(caller)
+        data.wait_stream(caller)
+        begun, multiplied = [], []
+        with torch.cuda.stream(data):
+            for group in muon:
+                group.begin()
+                begun.append(data.record_event())
+            for group in self.groups:
+                if group.n_stages == 1:
+                    group.update()
+        with torch.cuda.stream(products):
+            for group, event in zip(muon, begun):
+                products.wait_event(event)
+                group.multiply()
+                multiplied.append(products.record_event())
+        with torch.cuda.stream(data):
+            for group, event in zip(muon, multiplied):
+                data.wait_event(event)
+                group.finish()
+        caller.wait_stream(data)
+        for group in self.groups:
+            group.start_gather()
+            group.forget()
 
     def _norm_and_factor(self, inv_scale: float, grad_clip: float) -> tuple[Tensor, Tensor]:
         """Norm of the unscaled gradients, and what to multiply the scaled ones with: min(1, clip / norm) / scale."""
@@ -224,6 +265,7 @@ class Group:
     """
 
     n_rates = 1
+    n_stages = 1
 
     def __init__(self, groups: list[dict], ranks: Ranks, ops: UpdateOps, copies: Mapping[str, Tensor]) -> None:
         self.names = [name for group in groups for name in group["names"]]
@@ -267,6 +309,9 @@ class Group:
         self.grads = [g.float() for g in self.grads]
         if self.grads:
             torch._foreach_mul_(self.grads, factor)
+
+    def forget(self) -> None:
+        """Let go of what an update no longer needs."""
 
     def copy_parameters(self) -> None:
         """Bring the copies up to date where no update could write them: it had not all rows."""
@@ -391,8 +436,10 @@ class AdamWGroup(Group):
 class MuonGroup(Group):
     """Muon on K matrices of one shape [r, c]: see kernels_torch.muon. A rank owns whole matrices, some of each bucket.
 
-    U, M ← muon_momentum(G, M);   X ← newton_schulz(U);   P, S ← muon_update(P, X, S)
+    begin:  U, M ← muon_momentum(G, M)      multiply:  X ← newton_schulz(U)      finish:  P, S ← muon_update(P, X, S)
     """
+
+    n_stages = 3
 
     def __init__(
         self, group: dict, ranks: Ranks, ops: UpdateOps, copies: Mapping[str, Tensor], dtype: torch.dtype
@@ -432,21 +479,34 @@ class MuonGroup(Group):
         return lambda: [x for wait in waits for x in wait()]
 
     def update(self) -> None:
-        self.squared_norm = torch.zeros((), device=self.device)
-        owned, grads, self.grads = [self.params[i].detach() for i in self.mine], self.grads, []
-        if not owned:
-            return  # more ranks than matrices: nothing to do but take part in the gather
-        lr, mu, weight_decay = self.rates
-        u, _, squares = self.ops.muon_momentum(
-            grads, self.momentum, mu, equilibrate=self.muon_eq, dtype=self.dtype, in_place=True
-        )
-        self.squared_norm = squares.sum()
-        x = self.ops.newton_schulz(u, dtype=self.dtype)
-        copies = self.copies if self.ranks.size == 1 and all(c is not None for c in self.copies) else None
-        self.ops.muon_update(
-            owned, x, self.second_moment, lr, weight_decay, beta2=self.beta2, snap=self.muon_plus, copies=copies,
-            in_place=True,
-        )  # fmt: skip
+        self.begin()
+        self.multiply()
+        self.finish()
+        self.forget()
+
+    def begin(self) -> None:
+        self.squared_norm, grads, self.grads = torch.zeros((), device=self.device), self.grads, []
+        if self.mine:  # else more ranks than matrices: nothing to do but take part in the gather
+            self.u, _, squares = self.ops.muon_momentum(
+                grads, self.momentum, self.rates[1], equilibrate=self.muon_eq, dtype=self.dtype, in_place=True
+            )
+            self.squared_norm = squares.sum()
+
+    def multiply(self) -> None:
+        if self.mine:
+            self.x = self.ops.newton_schulz(self.u, dtype=self.dtype)
+
+    def finish(self) -> None:
+        if self.mine:
+            lr, _, weight_decay = self.rates
+            copies = self.copies if self.ranks.size == 1 and all(c is not None for c in self.copies) else None
+            self.ops.muon_update(
+                [self.params[i].detach() for i in self.mine], self.x, self.second_moment, lr, weight_decay,
+                beta2=self.beta2, snap=self.muon_plus, copies=copies, in_place=True,
+            )  # fmt: skip
+
+    def forget(self) -> None:
+        self.u = self.x = None
 
     def start_gather(self) -> None:
         self.gathered = None

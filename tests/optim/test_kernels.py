@@ -72,3 +72,17 @@ def test_a_captured_step_follows_its_rates(device):
         eager.step(1 - step / 10, 0.85, 1.0)
     for (name, got), expected in zip(a.named_parameters(), b.parameters()):
         assert torch.equal(got, expected), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif("triton" not in BACKENDS, reason="Triton is not installed")
+@pytest.mark.parametrize("options", [{}, {"grad_clip": 0.5}], ids=str)
+def test_groups_side_by_side_are_groups_in_turn(options, device):
+    """Whatever runs beside what, bit for bit; and memory that one stream is done with is not another's too early."""
+    (a, beside), (b, in_turn) = (toy_optimizer(Toy().to(device), None, MODULES["triton"]) for _ in range(2))
+    assert beside.streams is not None
+    in_turn.streams = None
+    for got, expected in zip(train(a, beside, **options), train(b, in_turn, **options)):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=0)
+    for (name, got), expected in zip(a.named_parameters(), b.parameters()):
+        assert torch.equal(got, expected), name
