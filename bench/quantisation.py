@@ -1,15 +1,19 @@
-"""What smaller weights cost and gain: `python -m bench.quantisation --ckpt runs/d6 --data tinystories`.
+"""What smaller weights and a smaller cache cost: `python -m bench.quantisation --ckpt runs/d6 --data tinystories`.
 
-Bits per byte on the validation text and tokens/s of one row, for the weights as they are and for every form of codes:
-the same rows of text, the same prompt, the same length. Prints a table and, with --csv, adds to a file.
+Bits per byte on the validation text and tokens/s of one row, for the weights as they are, for every form of codes, and
+for keys and values in 8 bits: the same rows of text, the same prompt, the same length. With such a cache the text is
+read through it, each token by what the codes of those before it say. Prints a table and, with --csv, adds to a file.
 """
 
 import argparse
 import csv
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 import checkpoint
 import infer
@@ -22,22 +26,42 @@ from data.sources import open_source
 from data.tokenizer import tokenizer_from_json
 from evals.bits_per_byte import evaluate
 from inference.engine import Engine
+from inference.paged_cache import PagedCache
 from inference.sampling import SamplingConfig
 from inference.stopwatch import Stopwatch
+from kernels_torch.quantised_cache import FORMS as CACHES
 from kernels_torch.quantised_weight import FORMS, GROUPS
+from model.cost import kv_bytes_per_token
 from model.language_model import LanguageModel
 from model.ops import load_ops
 from model.quantised import Quantisation, quantised_layers
 from training import distributed
 from training.prepare import encode_split
 
-VARIANTS = [None, *(Quantisation(form) for form in FORMS if form != "int4"), *(Quantisation("int4", g) for g in GROUPS)]
+WEIGHTS = [None, *(Quantisation(form) for form in FORMS if form != "int4"), *(Quantisation("int4", g) for g in GROUPS)]
+VARIANTS = [*((quant, None) for quant in WEIGHTS), *((None, cache) for cache in CACHES), (Quantisation("int8"), "int8")]
+PAGE, PIECE = 32, 128  # tokens of a page, and of validation text at a time
 
 
 def bytes_of_matrices(model: LanguageModel) -> int:
     """What a token must read of the layers that are, or may be, codes."""
     parts = [part for layer in quantised_layers(model).values() for part in layer.operands(model.dtype)]
     return sum(part.numel() * part.element_size() for part in parts if part is not None)
+
+
+def through_cache(model: LanguageModel, form: str) -> Callable[..., Tensor]:
+    """The model as evals.bits_per_byte wants it, reading rows in pieces through pages of codes."""
+
+    @torch.no_grad()
+    def nats(tokens: Tensor, targets: Tensor, *, doc_ids: None, reduction: str) -> Tensor:
+        B, n = len(tokens), -(-tokens.shape[1] // PAGE)
+        rows = PagedCache(model, B * n, PAGE, form=form).rows(B)
+        for b in range(B):
+            rows.begin(b, list(range(1 + b * n, 1 + (b + 1) * n)), 0, {})
+        logits = torch.cat([model.decode(piece, rows, every=True) for piece in tokens.split(PIECE, 1)], dim=1)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1, reduction=reduction)
+
+    return nats
 
 
 def tokens_per_s(engine: Engine, n_tokens: int) -> float:
@@ -73,30 +97,35 @@ def main() -> None:
     token_bytes = torch.from_numpy(tokenizer.token_bytes).to(device.device)
 
     print(f"{saved.path}, {args.data}, {device.device} {device.dtype}")
-    print(f"{'weights':>24} {'MB':>9} {'bits':>6} {'bpb':>8} {'change':>8} {'tokens/s':>9}")
-    rows, plain_bpb = [], math.nan
-    for quant in VARIANTS:
+    print(
+        f"{'weights':>24} {'MB':>9} {'bits':>6} {'cache':>9} {'KB/token':>9} {'bpb':>8} {'change':>8} {'tokens/s':>9}"
+    )
+    rows, plain_bpb, dtype = [], math.nan, str(device.dtype).removeprefix("torch.")
+    for quant, cache in VARIANTS:
         model = infer.load_model(saved, tokenizer.vocab_size, ops, device, quant)
         batches = val_batches(
             shards, batch_size=args.batch, sequence_len=model.context_len, max_tokens=args.eval_tokens,
             device=device.device,
         )  # fmt: skip
-        bpb = evaluate(model, batches, token_bytes)["bpb"]
-        plain_bpb = bpb if quant is None else plain_bpb
+        bpb = evaluate(through_cache(model, cache) if cache else model, batches, token_bytes)["bpb"]
+        plain_bpb = bpb if (quant, cache) == (None, None) else plain_bpb
         n_bytes = bytes_of_matrices(model)
         values = sum(layer.weight.numel() for layer in quantised_layers(model).values())
         n_new = min(args.new_tokens, model.context_len - 1)
         row = {
-            "weights": str(quant or str(device.dtype).removeprefix("torch.")),
+            "weights": str(quant or dtype),
             "bytes": n_bytes,
             "bits_per_weight": round(8 * n_bytes / values, 3),
+            "cache": cache or dtype,
+            "cache_bytes_per_token": kv_bytes_per_token(model, CACHES.get(cache)),
             "bpb": round(bpb, 5),
-            "tokens_per_s": round(tokens_per_s(Engine(model, tokenizer, max_rows=1), n_new), 1),
+            "tokens_per_s": round(tokens_per_s(Engine(model, tokenizer, max_rows=1, quant_cache=cache), n_new), 1),
         }
         rows.append(row | machine_card(device.device))
+        change = bpb / plain_bpb - 1
         print(
-            f"{row['weights']:>24} {n_bytes / 1e6:9.2f} {row['bits_per_weight']:6.2f} {bpb:8.4f} "
-            f"{bpb / plain_bpb - 1:+8.2%} {row['tokens_per_s']:9.1f}",
+            f"{row['weights']:>24} {n_bytes / 1e6:9.2f} {row['bits_per_weight']:6.2f} {row['cache']:>9} "
+            f"{row['cache_bytes_per_token'] / 1e3:9.2f} {bpb:8.4f} {change:+8.2%} {row['tokens_per_s']:9.1f}",
             flush=True,
         )
     if args.csv:
