@@ -1,4 +1,4 @@
-"""Decoding: `python -m bench.decode` writes bench/results/decode.csv and decode_context.csv and draws both.
+"""Decoding: `python -m bench.decode` writes bench/results/decode.csv, or --context decode_context.csv, and draws it.
 
 For each model (random weights, or a checkpoint by --ckpt) and number of rows: tokens per second of all rows together at
 a context of about 1,100 tokens, greedy, and what share of the machine's copy bandwidth that is, if each weight that a
@@ -13,12 +13,22 @@ that of a new prompt of 1,024 tokens. Candidates:
 
 What is timed is checked first: with the same words said before, each backend's likeliest next token is compared with
 plain PyTorch's, at 64 places (`agreement`, of steps that are not recorded); and what the engine says from recorded
-steps with what it says without them (`as_eager`).
+steps with what it says without them (`as_eager`). With --quant both read the same codes, with --quant-cache, too.
+
+Rows of a CSV that are not measured again stay. With --start it is the time from the start of `python infer.py` to the
+first text of a checkpoint on disk that is timed instead (decode_start.csv), a few times over: the first may compile.
 """
 
 import argparse
+import csv
 import gc
+import itertools
+import os
 import statistics
+import string
+import subprocess
+import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,16 +45,18 @@ from torch import Tensor
 import checkpoint
 from bench.plot import COLOURS, finish_figure
 from bench.timing import FIGURES, RESULTS, copy_gbps, folder_for, machine_card
-from bench.train_step import write_csv
+from checkpoint import TrainState
 from config import compose
-from data.tokenizer import tokenizer_from_json
+from data.tokenizer import BYTES, SPECIALS, Tokenizer, tokenizer_from_json
 from inference.engine import Engine, cast_weights
 from inference.paged_cache import PagedCache
 from inference.request import Request
 from inference.sampling import SamplingConfig
-from model import LanguageModel, build, config_from_dict
+from kernels_torch import quantised_cache, quantised_weight
+from model import LanguageModel, build, config_from_dict, config_to_dict
 from model.cost import bytes_of_products, kv_bytes_per_token
 from model.ops import KernelConfig, load_ops
+from model.quantised import Quantisation, quantise_model
 
 CHECKED = 64  # places at which the likeliest token is compared
 
@@ -75,6 +87,8 @@ class Shape(NamedTuple):
     new_tokens: int = 160
     overrides: tuple[str, ...] = ()
     arch: str = "plain"
+    quant: str | None = None  # form of the weights' codes
+    cache: str | None = None  # of the keys' and values'
 
     def config(self) -> object:
         return compose("train", [f"model={self.model}", f"arch={self.arch}", *self.overrides]).model
@@ -84,10 +98,10 @@ SMALL = ("model.depth=2", "model.head_dim=16", "model.aspect_ratio=16", "model.s
 VOCAB = {"d6": 32_768, "d12": 32_768, "d20": 65_536, "d34": 65_536}
 
 
-def shapes(models: list[str], batches: list[int], arch: str, small: bool) -> list[Shape]:
+def shapes(models: list[str], batches: list[int], small: bool, **options: str | None) -> list[Shape]:
     if small:
-        return [Shape("d2", batch, 300, 64, 24, SMALL, arch) for batch in batches]
-    return [Shape(model, batch, VOCAB[model], arch=arch) for model in models for batch in batches]
+        return [Shape("d2", batch, 300, 64, 24, SMALL, **options) for batch in batches]
+    return [Shape(model, batch, VOCAB[model], **options) for model in models for batch in batches]
 
 
 def random_model(shape: Shape, kernels: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
@@ -102,10 +116,15 @@ def random_model(shape: Shape, kernels: str, device: torch.device, dtype: torch.
             else:
                 parameter.fill_(1.0)
     model.init_buffers()
-    return cast_weights(model)
+    return ready(model, shape.quant)
 
 
-def saved_model(path: Path, kernels: str, device: torch.device, dtype: torch.dtype) -> LanguageModel:
+def ready(model: LanguageModel, quant: str | None) -> LanguageModel:
+    """To decode, quantised if that is wanted."""
+    return cast_weights(model if quant is None else quantise_model(model, Quantisation(quant)))
+
+
+def saved_model(path: Path, kernels: str, device: torch.device, dtype: torch.dtype, quant: str | None) -> LanguageModel:
     """That of a checkpoint."""
     saved = checkpoint.read_checkpoint(checkpoint.find(path))
     vocab_size = tokenizer_from_json(saved.tokenizer_json).vocab_size
@@ -115,7 +134,7 @@ def saved_model(path: Path, kernels: str, device: torch.device, dtype: torch.dty
     model.to_empty(device=device)
     model.load_state_dict(tensors)
     model.init_buffers()
-    return cast_weights(model)
+    return ready(model, quant)
 
 
 class Words:
@@ -142,11 +161,11 @@ def prompts(shape: Shape, seed: int = 0) -> list[list[int]]:
 @torch.no_grad()
 def likeliest(model: LanguageModel, shape: Shape) -> Tensor:
     """The likeliest next token [CHECKED] of one row that is told what to say."""
-    cache = PagedCache(model, -(-model.context_len // 32), 32)
+    cache = PagedCache(model, -(-model.context_len // 32), 32, form=shape.cache)
     rows = cache.rows(1)
     rows.begin(0, list(range(cache.max_blocks, 0, -1)), 0, {})
     words = torch.tensor(prompts(shape, seed=1)[:1], device=next(model.parameters()).device)
-    checked = min(CHECKED, shape.prompt // 2)
+    checked = min(CHECKED if shape.quant is None else CHECKED // 4, shape.prompt // 2)  # plain codes are slow to read
     model.decode(words[:, :-checked], rows)
     told = [model.decode(word, rows).argmax(-1) for word in words[:, -checked:].split(1, dim=1)]
     return torch.cat(told)
@@ -168,7 +187,7 @@ def new_engine(model: LanguageModel, shape: Shape, kind: Kind) -> Engine:
     room = shape.batch * -(-(shape.prompt + shape.new_tokens) // 32) * 32
     engine = Engine(
         model, Words(shape.vocab_size), max_rows=shape.batch, cache_tokens=room, reuse_prefixes=False,
-        graphs=kind.graphs and next(model.parameters()).is_cuda,
+        graphs=kind.graphs and next(model.parameters()).is_cuda, quant_cache=shape.cache,
     )  # fmt: skip
     engine.stop_ids = set()
     return engine
@@ -312,7 +331,8 @@ def time_recipe(model: LanguageModel, shape: Shape) -> tuple[dict[str, float], T
 def bytes_of_step(model: LanguageModel, shape: Shape) -> int:
     """What a step must read: the weights of all products, and keys and values of all rows."""
     context = shape.prompt + shape.new_tokens // 2
-    return bytes_of_products(model) + shape.batch * context * kv_bytes_per_token(model)
+    of_token = kv_bytes_per_token(model, quantised_cache.FORMS.get(shape.cache))
+    return bytes_of_products(model) + shape.batch * context * of_token
 
 
 def bench_shape(
@@ -344,6 +364,8 @@ def bench_shape(
             {
                 "model": shape.model,
                 "arch": shape.arch,
+                "quant": shape.quant or "",
+                "quant_cache": shape.cache or "",
                 "vocab_size": shape.vocab_size,
                 "batch": shape.batch,
                 "prompt": shape.prompt,
@@ -388,7 +410,8 @@ def bench_context(
         again = (time.perf_counter() - began) / 10
         for name, seconds in (("cache", cached), ("no cache", again)):
             rows.append(
-                {"model": shape.model, "arch": shape.arch, "kernels": kernels, "context": context, "candidate": name}
+                {"model": shape.model, "arch": shape.arch, "quant": shape.quant or ""}
+                | {"kernels": kernels, "context": context, "candidate": name}
                 | {"tokens_per_s": round(1 / seconds, 1), "step_us": round(1e6 * seconds, 1)}
             )
     return rows
@@ -397,7 +420,7 @@ def bench_context(
 def print_table(rows: list[dict]) -> None:
     heads = ("tokens/s", "step µs", "replay µs", "first ms", "of copy", "agree", "as eager")
     keys = ("tokens_per_s", "step_us", "replay_us", "first_token_ms", "share_of_copy", "agreement", "as_eager")
-    print(f"\n{rows[0]['model']} {rows[0]['arch']}, V {rows[0]['vocab_size']}, {rows[0]['batch']} rows")
+    print(f"\n{' '.join(filter(None, named(rows[0])))}, V {rows[0]['vocab_size']}, {rows[0]['batch']} rows")
     print(f"  {'':16}" + "".join(f"{head:>11}" for head in heads))
     for row in rows:
         print(
@@ -406,15 +429,54 @@ def print_table(rows: list[dict]) -> None:
         )
 
 
+def named(row: dict) -> tuple[str, ...]:
+    """Model, form, codes of the weights and of the cache; older files do not say all of them."""
+    cache = row.get("quant_cache")
+    return row["model"], row["arch"], row.get("quant") or "", f"{cache} cache" if cache else ""
+
+
+def group_of(row: dict) -> tuple[str, ...]:
+    """What is drawn side by side."""
+    words = [word for word in named(row) if word not in ("", "plain")]
+    return *words, f"{row['batch']} rows"
+
+
+KEYS = ("model", "arch", "quant", "quant_cache", "batch", "candidate", "context", "kernels")
+
+
+def write_with_others(rows: list[dict], card: dict[str, str], path: Path) -> list[dict[str, str]]:
+    """Write rows to a CSV in which other rows stay → all of it, those of one model together."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = [{key: str(value) for key, value in (row | card).items()} for row in rows]
+    measured = {key_of(row) for row in new}
+    old = []
+    if path.exists():
+        with path.open(newline="") as file:
+            old = [row for row in csv.DictReader(file) if key_of(row) not in measured]
+    columns = list(dict.fromkeys(key for row in [*new, *old] for key in row))
+    models = list(VOCAB)
+    together = sorted([*old, *new], key=lambda row: models.index(row["model"]) if row["model"] in models else -1)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows(together)
+    return together
+
+
+def key_of(row: dict[str, str]) -> tuple[str, ...]:
+    """What no two rows of a CSV share."""
+    return tuple(row.get(key) or "" for key in KEYS)
+
+
 def draw(rows: list[dict[str, str]], path: Path) -> None:
-    """One group of bars for each model and number of rows: tokens per second, and share of copy."""
-    groups = list(dict.fromkeys((row["model"], row["batch"]) for row in rows))
+    """One group of bars for each model, its codes and number of rows: tokens per second, and share of copy."""
+    groups = list(dict.fromkeys(group_of(row) for row in rows))
     names = [name for name in KINDS if any(row["candidate"] == name for row in rows)]
     figure, axes = plt.subplots(2, 1, figsize=(10, 7), sharex=True)
     width = 0.8 / len(names)
     for axis, (key, label) in zip(axes, (("tokens_per_s", "tokens per second"), ("share_of_copy", "share of copy"))):
         for i, name in enumerate(names):
-            mine = {(row["model"], row["batch"]): float(row[key]) for row in rows if row["candidate"] == name}
+            mine = {group_of(row): float(row[key]) for row in rows if row["candidate"] == name}
             places = [(j + (i - (len(names) - 1) / 2) * width, mine[g]) for j, g in enumerate(groups) if g in mine]
             axis.bar([x for x, _ in places], [y for _, y in places], width, label=name, color=COLOUR_OF[name])
         axis.set_ylabel(label)
@@ -422,18 +484,19 @@ def draw(rows: list[dict[str, str]], path: Path) -> None:
     axes[0].set_yscale("log")
     axes[1].set_ylim(0, 1)
     axes[0].legend(ncol=len(names), frameon=False, loc="upper center", bbox_to_anchor=(0.5, 1.15))
-    axes[-1].set_xticks(range(len(groups)), [f"{model}\n{batch} rows" for model, batch in groups])
+    axes[-1].set_xticks(range(len(groups)), ["\n".join(group) for group in groups], fontsize=7)
     finish_figure(figure, rows[0], path)
 
 
 def draw_context(rows: list[dict[str, str]], path: Path) -> None:
     """Tokens per second over context, with and without a cache."""
     figure, axis = plt.subplots(figsize=(8, 4.5))
-    for model in dict.fromkeys(row["model"] for row in rows):
+    for model in dict.fromkeys(named(row) for row in rows):
         for name, style in (("cache", "-o"), ("no cache", "--o")):
-            mine = [row for row in rows if (row["model"], row["candidate"]) == (model, name)]
+            mine = [row for row in rows if (named(row), row["candidate"]) == (model, name)]
+            mine.sort(key=lambda row: int(row["context"]))
             places = [float(row["context"]) for row in mine], [float(row["tokens_per_s"]) for row in mine]
-            axis.plot(*places, style, label=f"{model}, {name}", ms=3)
+            axis.plot(*places, style, label=f"{' '.join(filter(None, model))}, {name}", ms=3)
     axis.set_xlabel("tokens of context")
     axis.set_ylabel("tokens per second, one row")
     axis.set_yscale("log")
@@ -443,17 +506,67 @@ def draw_context(rows: list[dict[str, str]], path: Path) -> None:
     finish_figure(figure, rows[0], path)
 
 
+# From the start of a process.
+
+
+def random_checkpoint(shape: Shape, folder: Path, dtype: torch.dtype) -> Path:
+    """A run with random weights, and a tokenizer of so many texts that each can be shown as it comes."""
+    n_texts = shape.vocab_size - len(BYTES) - len(SPECIALS)
+    texts = map("".join, itertools.product(string.ascii_letters + string.digits, repeat=3))
+    tokens = [*BYTES, *(text.encode() for text in itertools.islice(texts, max(0, n_texts)))]
+    tokenizer = Tokenizer("bpe", tokens)
+    model = random_model(shape._replace(vocab_size=tokenizer.vocab_size), "torch", torch.device("cpu"), torch.float32)
+    settings = {
+        "model": config_to_dict(shape.config()),
+        "hardware": {"dtype": str(dtype).removeprefix("torch.")},
+    }
+    run = folder / shape.model
+    checkpoint.save(
+        run, 0, model=dict(model.named_parameters()), optimizer={}, state=TrainState().to_json(), config=settings,
+        tokenizer_json=tokenizer.to_json(),
+    )  # fmt: skip
+    return run
+
+
+def bench_start(shape: Shape, run: Path, device: torch.device, times: int = 3) -> list[dict]:
+    """Seconds from the start of infer.py until it shows what it was not told."""
+    kernels = "triton" if device.type == "cuda" else "torch"
+    prompt, rows = "Once", []
+    command = [sys.executable, "infer.py", f"ckpt={run}", f"prompt={prompt}", f"kernels={kernels}", "temperature=0"]
+    command += ["max_new_tokens=16", f"hardware={'gpu' if device.type == 'cuda' else 'cpu'}"]
+    command += [f"{key}={form}" for key, form in (("quant", shape.quant), ("quant_cache", shape.cache)) if form]
+    for i in range(times):
+        began = time.perf_counter()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=Path(__file__).parent.parent
+        ) as process:
+            shown = b""
+            while not shown.strip() or prompt.encode().startswith(shown.strip()):
+                if not (more := os.read(process.stdout.fileno(), 4096)):
+                    raise RuntimeError(process.stderr.read().decode()[-2000:])
+                shown += more
+            seconds = time.perf_counter() - began
+            process.communicate()
+        row = {"model": shape.model, "arch": shape.arch, "quant": shape.quant or "", "kernels": kernels}
+        rows.append(row | {"candidate": f"again {i}" if i else "first", "first_text_s": round(seconds, 2)})
+        print(f"{shape.model}: first text {seconds:.2f} s after the start", flush=True)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=VOCAB, action="append", help="default: all")
     parser.add_argument("--batch", type=int, action="append", help="rows; default: 1")
     parser.add_argument("--arch", choices=("plain", "nanochat2026"), default="plain")
     parser.add_argument("--ckpt", type=Path, help="a run or checkpoint instead of random weights")
+    parser.add_argument("--quant", choices=quantised_weight.FORMS, help="quantise the weights")
+    parser.add_argument("--quant-cache", choices=list(quantised_cache.FORMS), help="keep keys and values in 8 bits")
     parser.add_argument("--candidate", choices=KINDS, action="append", help="default: torch, triton, triton + graph")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="default: bfloat16, on a CPU float32")
     parser.add_argument("--small", action="store_true", help="models of a moment, to see that all of it works")
     parser.add_argument("--context", action="store_true", help="over the length of the context instead")
+    parser.add_argument("--start", action="store_true", help="from the start of infer.py to its first text instead")
     parser.add_argument("--out", type=Path, help="folder of the CSV; default: bench/results, on a CPU local/ in it")
     parser.add_argument("--figures", type=Path, help="folder of the figure")
     parser.add_argument("--commit", help="what is timed, where git cannot say")
@@ -463,33 +576,42 @@ def main() -> None:
     device = torch.device(args.device)
     dtype = getattr(torch, args.dtype or ("float32" if device.type == "cpu" else "bfloat16"))
     names = args.candidate or ["torch", "triton", "triton + graph"]
+    if (args.quant or args.quant_cache) and "recipe" in names:
+        parser.error("the recipe has no codes: leave --quant and --quant-cache out")
     if device.type == "cpu":
         print("no GPU: plain PyTorch alone is timed, as Triton's interpreter would say nothing of our kernels")
         names = [name for name in args.candidate or ["torch"] if KINDS[name].kernels == "torch"]
-    card, rows, gbps = machine_card(device), [], copy_gbps(device)
+    card, rows, gbps = machine_card(device), [], 0.0 if args.start else copy_gbps(device)
     card["commit"] = args.commit or card["commit"]
-    name = "decode_context" if args.context else "decode"
-    for shape in shapes(args.model or list(VOCAB), args.batch or [1], args.arch, args.small):
+    name = "decode_start" if args.start else "decode_context" if args.context else "decode"
+    options = dict(arch=args.arch, quant=args.quant, cache=args.quant_cache)
+    for shape in shapes(args.model or list(VOCAB), args.batch or [1], args.small, **options):
 
         def make(kernels: str, shape: Shape = shape) -> LanguageModel:
             if args.ckpt is not None:
-                return saved_model(args.ckpt, kernels, device, dtype)
+                return saved_model(args.ckpt, kernels, device, dtype, shape.quant)
             return random_model(shape, kernels, device, dtype)
 
-        if args.context:
+        if args.start:
+            with tempfile.TemporaryDirectory() as folder:
+                run = args.ckpt.resolve() if args.ckpt else random_checkpoint(shape, Path(folder), dtype)
+                rows += bench_start(shape, run, device)
+        elif args.context:
             rows += bench_context(shape, device, dtype, make)
             print("\n".join(f"{r['model']} {r['context']:5} {r['candidate']:9} {r['tokens_per_s']:10}" for r in rows))
         else:
             rows += bench_shape(shape, names, device, dtype, make, gbps)
             print_table(rows[-len(names) :])
-        write_csv(rows, card, args.out / f"{name}.csv")  # after each: a bench that is stopped leaves what it has
+        # After each: a bench that is stopped leaves what it has.
+        everything = write_with_others(rows, card, args.out / f"{name}.csv")
         torch._dynamo.reset()
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    drawn = [{key: str(value) for key, value in (row | card).items()} for row in rows]
-    (draw_context if args.context else draw)(drawn, args.figures / f"{name}.png")
-    print(f"\nwritten to {args.out / name}.csv, drawn in {args.figures / name}.png")
+    print(f"\nwritten to {args.out / name}.csv")
+    if not args.start:
+        (draw_context if args.context else draw)(everything, args.figures / f"{name}.png")
+        print(f"drawn in {args.figures / name}.png")
 
 
 if __name__ == "__main__":

@@ -79,6 +79,26 @@ def test_decoding_is_timed_over_the_context(tmp_path: Path):
     assert (tmp_path / "decode_context.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_other_rows_of_a_bench_of_decoding_stay(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    command += ["--figures", str(tmp_path)]
+    for options in ([], ["--quant", "int8", "--quant-cache", "int8"], []):
+        run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "decode.csv").open()))
+    assert sorted((row["quant"], row["quant_cache"]) for row in rows) == [("", ""), ("int8", "int8")]
+    assert int(rows[0]["bytes"]) != int(rows[1]["bytes"])
+
+
+def test_the_first_text_is_timed_from_the_start_of_the_process(tmp_path: Path):
+    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--start", "--out", str(tmp_path)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr[-2000:]
+    rows = list(csv.DictReader((tmp_path / "decode_start.csv").open()))
+    assert [row["candidate"] for row in rows] == ["first", "again 1", "again 2"]
+    assert all(0.5 < float(row["first_text_s"]) < 60 for row in rows)
+
+
 def test_what_did_not_fit_is_left_out_of_the_figure(tmp_path: Path):
     rows = [
         {"model": "d6", "arch": "plain", "candidate": name, "tokens_per_s": "5", "peak_gib": "", "wait_s": "1.5"}
