@@ -104,7 +104,8 @@ class CacheRows:
 
     def reserve(self, n_tokens: int) -> None:
         """Begin a call that brings `n_tokens` tokens a row."""
-        self.ends = self.lengths + n_tokens
+        if n_tokens > 1:  # a step of decoding counts for itself
+            self.ends = self.lengths + n_tokens
 
     def of_layer(self, layer: int) -> tuple[Tensor, Tensor]:
         """All pages of a layer [P, page, Hkv, D], keys and values."""
