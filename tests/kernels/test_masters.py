@@ -39,7 +39,7 @@ class Accumulation:
     def __init__(self, op: str, function, dtype: torch.dtype, device: torch.device, exact: bool = False) -> None:
         case, (self.names, self.option) = CASES[op], PARAMETERS[op]
         self.function = function
-        self.batches = [case.make(case.check[-1], dtype, device, seed=seed) for seed in range(MICRO_BATCHES)]
+        self.batches = [case.make(case.check[0], dtype, device, seed=seed) for seed in range(MICRO_BATCHES)]
         if exact:
             self.batches = [case.cast(batch, torch.float64) for batch in self.batches]
         wide = torch.promote_types(torch.float32, torch.float64 if exact else torch.float32)
