@@ -15,8 +15,10 @@ from inference.request import Request
 from inference.sampling import SamplingConfig
 from kernels_torch.quantised_cache import FORMS as CODES
 from model.cost import kv_bytes_per_token
+from model.cuda_graphs import CudaGraphs
 from tests.inference.scripted import BYTES
-from tests.inference.test_graphs import compare
+from tests.inference.test_graphs import compare, requests_of
+from tests.inference.test_graphs import engine_of as graphs_engine
 from tests.inference.test_infer import config_for, save_run
 from tests.inference.test_paged import PAGE, SIZES, new_rows
 from tests.inference.test_serving import assert_same, random_request, real, run, tokens_of
@@ -96,6 +98,15 @@ def test_greedy_tokens_are_those_of_triton(code):
         told.append([column[0] for column in columns])
     assert told[0] == told[1]
     assert len(set(told[0])) > 5
+
+
+@pytest.mark.gpu
+@EVERY_CODE
+def test_steps_over_codes_are_recorded_on_a_gpu(code, device):
+    """Each graph is proven against the step kernel by kernel when it is recorded."""
+    engine = graphs_engine("2026", CudaGraphs(), ops=triton_ops(device), device=device, quant_cache=code)
+    run(engine, requests_of(0), random.Random(1))
+    assert sum(len(step.graphs) for step in engine.steps.values()) > 1
 
 
 @EVERY_CODE
