@@ -78,7 +78,7 @@ def test_sums_over_micro_batches_are_as_exact_as_autograds(backend, op, dtype, d
     exact = Accumulation(op, reference, dtype, device, exact=True).by_autograd()
     for name, ours, theirs, true in zip(PARAMETERS[op][0], got, plain, exact, strict=True):
         assert ours.dtype == torch.float32
-        assert_close(ours, true, theirs, f"{op} {name}", slack=1.1)
+        assert_close(ours, true, theirs, f"{op} {name}")
 
 
 class Passes(TorchDispatchMode):
