@@ -6,7 +6,7 @@ N ≤ 4, W as it is or of bytes   each thread multiplies 8 columns at a time and
                                 of W meet at the end
 N ≤ 4, W in int4                the same on words of 8 nibbles
 N ≤ 16, W in codes              tiles of W on the tensor cores
-N ≤ 64, W in half precision     16 or 32 rows of W on the tensor cores, a part of the columns for each warp
+N ≤ 32, W in half precision     16 or 32 rows of W on the tensor cores, a part of the columns for each warp
 
 A program asks for its first tiles of W before it waits for the kernel before it (on Hopper and newer), since W does not
 depend on that; and it lets the kernel after it start at once, which does the same. So the memory is not idle while
@@ -19,8 +19,9 @@ are put into the mantissa of 2²³ and 2²³ is taken off, since conversions hav
 
 Sums are in fp32 (fp64 for fp64), rounded once. There are no atomics and each value has one writer; rows do not know of
 each other, so a row has the same bits whatever the others hold. But the kernels add up in different orders. Beyond those
-numbers of rows, and in fp32 and fp64 beyond 4, W is dequantised by one pass if need be, and cuBLAS does the product: tensor
-cores have no fp32, and a chain of sums over all columns would be less exact.
+numbers of rows, where W is larger than it was measured with, and in fp32 and fp64 beyond 4 rows, W is dequantised by one
+pass if need be, and cuBLAS does the product: tensor cores have no fp32, and a chain of sums over all columns would be less
+exact.
 """
 
 from typing import NamedTuple
@@ -33,13 +34,12 @@ from torch import Tensor
 
 from kernels_torch.linear_decode import check_linear_decode
 from kernels_torch.quantised_weight import group_of
-from kernels_triton.launch import INTERPRETED, can_overlap, ceil_div, check_gpu, launch, next_power_of_two
+from kernels_triton.launch import INTERPRETED, can_overlap, ceil_div, check_gpu, is_hopper, launch, next_power_of_two
 from kernels_triton.primitives import relu2, silu, upcast
 from kernels_triton.rmsnorm import rmsnorm
 
 MOST_SUMMED = 4    # rows by multiply and sum
 MOST_CODED = 16    # rows on the tensor cores, W in codes
-MOST_TILED = 64    # W in half precision
 FINISHED = 1024    # values of a program that does what follows cuBLAS
 IN_ASSEMBLY = tl.constexpr(not INTERPRETED)
 
@@ -67,12 +67,11 @@ class DotTile(NamedTuple):
 
 
 class RowsTile(NamedTuple):
-    """Of a program for BN rows of x and BF rows of W; each warp takes BC columns at a time.
+    """Of a program for BF rows of W in half precision and all of x; each warp takes BC columns at a time.
 
     ahead     how many of those of W are on their way; x_ahead: of x
     """
 
-    BN: int
     BF: int
     BC: int
     warps: int
@@ -89,10 +88,12 @@ SUMS = {  # W as it is, and codes of a byte
     (4096, 1): SumTile(BF=4, BC=256, R=1, warps=4, ahead=16),    # 1536 → 384: 1.3 (5.1), 3072 → 768: 2.6, 1.82 (6.6)
     (2**62, 1): SumTile(BF=1, BC=1024, R=1, warps=4, ahead=10),  # 8704 → 2176: 10.6, 3.58 (14.4); 4 × 256: 12.0
 }
+# int8: rows that share what is made of x gain nothing: R=2 and 4 at 2176 → 8704 8.9 (R=1 7.6), → 6528 6.2, 6.1 (6.0), → 2176
+# 4.4 (3.8); at 8704 → 2176 7.7, 12.2 (8.1). Nor with int4: R=4 and R=1 at 2176 → 8704 9.6 and 10.0 (R=2 8.1).
 SUMS_INT4 = {
     (1024, 1): SumTile(BF=4, BC=128, R=2, warps=4, ahead=3),      # 768 → 2304: 3.0
     (4096, 1): SumTile(BF=4, BC=128, R=2, warps=4, ahead=3),      # 2176 → 2176: 4.0, → 8704: 8.2, 1.23
-    (2**62, 1): SumTile(BF=2, BC=256, R=2, warps=4, ahead=3),     # not measured
+    (2**62, 1): SumTile(BF=2, BC=256, R=2, warps=4, ahead=3),     # 8704 → 2176: 8.2; BF=1 with 2 warps, 5 ahead 7.9, R=4 10.4
 }
 
 
@@ -112,12 +113,25 @@ def dot_tile(dtype: torch.dtype, gated: bool) -> DotTile:
     return DotTile(BF=16, BC=256, warps=1, stages=2 if gated else 4)
 
 
-def rows_tile(N: int, C: int, F: int, gated: bool) -> RowsTile:
-    """Not timed yet. All of W that a program takes is on its way before it waits, as far as registers allow."""
-    BN = max(8, next_power_of_two(N))
-    BF = 32 if F > 6144 and BN <= 32 and not gated else 16
-    x_ahead = max(1, min(4, 96 // BN))
-    return RowsTile(BN, BF, BC=64, warps=8 if C >= 3072 else 4, ahead=(3 if gated else 6) * 16 // BF, x_ahead=x_ahead)
+# µs a call as above, in brackets cuBLAS with the kernels for the norm before it and for what follows. By the most rows of x,
+# the widest row of W and the most rows of W; elsewhere cuBLAS.
+ROWS = {
+    (8, 1024, 1024): RowsTile(BF=16, BC=128, warps=4, ahead=3, x_ahead=4),  # 8 rows 768 → 768: 1.9 (4.9)
+    (8, 1024, 4096): RowsTile(BF=32, BC=64, warps=4, ahead=3, x_ahead=4),   # 768 → 2304: 2.6 (6.3), → 3072: 3.1 (6.6);
+                                                                            # 16 rows of W 2.8, 3.2; 8 warps 5.6, 6.5
+    (8, 4096, 1024): RowsTile(BF=16, BC=128, warps=8, ahead=3, x_ahead=4),  # 3072 → 768: 3.8 (6.9); 4 warps 5.5
+    (32, 1024, 1024): RowsTile(BF=16, BC=64, warps=4, ahead=6, x_ahead=3),  # 32 rows 768 → 768: 3.1 (4.9)
+    (32, 1024, 4096): RowsTile(BF=32, BC=64, warps=4, ahead=3, x_ahead=3),  # 768 → 2304: 5.0 (6.5), → 3072: 5.2 (6.8);
+                                                                            # 8 warps 9.5, 9.7. 3072 → 768: 7.8 (7.2)
+}
+
+
+def rows_tile(N: int, C: int, rows: int, gated: bool) -> RowsTile | None:
+    """None: cuBLAS. Gate and up take twice the registers."""
+    found = [tile for most, tile in ROWS.items() if all(n <= m for n, m in zip((N, C, rows), most, strict=True))]
+    if not found or not gated:
+        return found[0] if found else None
+    return found[0]._replace(BF=16, ahead=3 if found[0].BF == 32 else max(1, found[0].ahead // 2))
 
 
 @triton.jit
@@ -558,19 +572,21 @@ def _dequantise_kernel(
     codes, scales, w,
     C: tl.constexpr, P: tl.constexpr, BC: tl.constexpr,
 ):
-    """A row of W [F, C]."""
+    """A row of W [F, C], computed in fp64 for fp64."""
+    ACC: tl.constexpr = tl.float64 if w.dtype.element_ty == tl.float64 else tl.float32
     i_f = tl.program_id(0).to(tl.int64)
     for i in range(0, C, BC):
         o_c = i + tl.arange(0, BC)
         m = o_c < C
         if P is None:
-            b_w = _values(tl.load(codes + i_f * C + o_c, mask=m, other=0)) * upcast(tl.load(scales + i_f))  # [BC]
+            b_w = _values(tl.load(codes + i_f * C + o_c, mask=m, other=0)).to(ACC)                      # [BC]
+            b_w *= tl.load(scales + i_f).to(ACC)
         else:
             G: tl.constexpr = (C + 8 * P - 1) // (8 * P)
             o_g, o_j = o_c // (8 * P), o_c % (8 * P)
             b_word = tl.load(codes + i_f * G * P + o_g * P + o_j % P, mask=m, other=0)                  # [BC]
-            b_w = (((b_word >> (4 * (o_j // P))) & 15) - 8).to(tl.float32)                              # [BC]
-            b_w = b_w * upcast(tl.load(scales + i_f * G + o_g, mask=m, other=0.0))
+            b_w = (((b_word >> (4 * (o_j // P))) & 15) - 8).to(ACC)                                     # [BC]
+            b_w *= tl.load(scales + i_f * G + o_g, mask=m, other=0.0).to(ACC)
         tl.store(w + i_f * C + o_c, b_w.to(w.dtype.element_ty), mask=m)
 
 
@@ -594,7 +610,7 @@ def _linear_few(
     x: Tensor, weight: Tensor, scales: Tensor | None, norm_weight: Tensor | None, eps: float | None, activation: str | None,
     residual: Tensor | None, softcap: float | None, y: Tensor,
 ) -> None:
-    """Fill y [N, F] for up to most_rows of x [N, C]."""
+    """Fill y [N, F] for few rows of x [N, C]."""
     (N, C), F = x.shape, y.shape[1]
     P = group_of(weight, scales) // 8 if weight.dtype == torch.int32 else None
     overlap, gated = can_overlap(x.device), activation == "swiglu"
@@ -611,10 +627,10 @@ def _linear_few(
             AHEAD=tile.ahead, num_warps=tile.warps,
         )
     elif scales is None:
-        tile = rows_tile(N, C, F, gated)
+        tile = rows_tile(N, C, weight.shape[0], gated)
         launch(
-            _linear_rows_kernel, (ceil_div(F, tile.BF),), **shared, S=tile.warps, BN=tile.BN, BF=tile.BF, BC=tile.BC,
-            AHEAD=tile.ahead, XAHEAD=tile.x_ahead, num_warps=tile.warps,
+            _linear_rows_kernel, (ceil_div(F, tile.BF),), **shared, S=tile.warps, BN=max(8, next_power_of_two(N)), BF=tile.BF,
+            BC=tile.BC, AHEAD=tile.ahead, XAHEAD=tile.x_ahead, num_warps=tile.warps,
         )
     else:
         tile = dot_tile(weight.dtype, gated)
@@ -641,11 +657,17 @@ def _linear_many(
     )
 
 
-def most_rows(x: Tensor, scales: Tensor | None) -> int:
-    """How many the kernels here take."""
+def are_few(x: Tensor, weight: Tensor, scales: Tensor | None, activation: str | None) -> bool:
+    """Whether the kernels here take rows x [N, C]."""
+    N, C = x.shape
+    if N <= MOST_SUMMED:
+        return True
     if x.element_size() > 2:
-        return MOST_SUMMED
-    return MOST_TILED if scales is None else MOST_CODED
+        return False
+    if scales is not None:
+        return N <= MOST_CODED
+    # Up to 112 KiB of shared memory, which other GPUs may not have.
+    return (INTERPRETED or is_hopper(x.device)) and rows_tile(N, C, weight.shape[0], activation == "swiglu") is not None
 
 
 def linear_decode(
@@ -666,7 +688,7 @@ def linear_decode(
         residual = None if residual is None else rows_of(residual) if F > 0 else residual.new_empty(x.shape[0], 0)
         y = torch.empty((x.shape[0], F), dtype=dtype, device=x.device)
         if y.numel() > 0:
-            fill = _linear_few if x.shape[0] <= most_rows(x, scales) else _linear_many
+            fill = _linear_few if are_few(x, weight, scales, activation) else _linear_many
             fill(x, weight, scales, norm_weight, eps, activation, residual, softcap, y)
         return y.view(shape)
 
