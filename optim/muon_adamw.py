@@ -451,9 +451,7 @@ class MuonGroup(Group):
         K = len(self.params)
         together = ranks.size * max(1, BUCKET_BYTES // (4 * r * c * ranks.size)) if ranks.size > 1 else K
         self.buckets = [list(range(i, min(i + together, K))) for i in range(0, K, together)]
-        owned_by = [[i for b in self.buckets for i in b[ranks.share(len(b), rank)]] for rank in range(ranks.size)]
-        self.mine, self.most = owned_by[ranks.rank], len(owned_by[0])  # no rank has more than the first
-        self.places = {i: rank * self.most + at for rank, owned in enumerate(owned_by) for at, i in enumerate(owned)}
+        self.mine = [i for bucket in self.buckets for i in bucket[ranks.share(len(bucket))]]
         count = len(self.mine)
         self.momentum = torch.zeros(count, r, c, device=self.device)
         self.second_moment = torch.zeros(count, *((r, 1) if r >= c else (1, c)), device=self.device)
@@ -475,14 +473,10 @@ class MuonGroup(Group):
         return [g for rows in arrived for g in rows]
 
     def whole(self, rows: Tensor) -> Callable[[], list[Tensor]]:
-        """Start collecting what every rank has for its own matrices, in one message → the same for all of them."""
-        wait = self.ranks.gather_rows(rows, self.ranks.size * self.most)
-
-        def in_order() -> list[Tensor]:
-            whole = wait()
-            return [whole[self.places[i]] for i in range(len(self.params))]
-
-        return in_order
+        """Start collecting what every rank has for its own matrices → the same for all of them."""
+        mine = [len(bucket[self.ranks.share(len(bucket))]) for bucket in self.buckets]
+        waits = [self.ranks.gather_rows(part, len(bucket)) for part, bucket in zip(rows.split(mine), self.buckets)]
+        return lambda: [x for wait in waits for x in wait()]
 
     def update(self) -> None:
         self.begin()

@@ -28,10 +28,10 @@ class Ranks:
         self.rank = dist.get_rank(group) if initialised else 0
         self.size = dist.get_world_size(group) if initialised else 1
 
-    def share(self, n: int, rank: int | None = None) -> slice:
-        """The rows of n that a rank owns; None: this one."""
-        block, rank = self._block(n), self.rank if rank is None else rank
-        return slice(min(rank * block, n), min((rank + 1) * block, n))
+    def share(self, n: int) -> slice:
+        """The rows of n that this rank owns."""
+        block = self._block(n)
+        return slice(min(self.rank * block, n), min((self.rank + 1) * block, n))
 
     def average_rows(self, x: Tensor) -> Callable[[], Tensor]:
         """Start averaging x [n, …] over the ranks; the result is this rank's rows of it."""
