@@ -32,14 +32,13 @@ from data.sources import SCHEMAS as DATA_SCHEMAS
 from data.sources import DataConfig
 from data.tokenizer import TokenizerConfig
 from errors import KestrelError
-from inference.paged_cache import check_quant_cache
 from inference.request import stops_of
 from inference.sampling import MAX_SAMPLES, SamplingConfig
 from model.config import ModelConfig
 from model.llama import LlamaConfig
 from model.nanochat import NanochatConfig
 from model.ops import KernelConfig
-from model.quantised import quantisation_named
+from model.quantised import cache_codes, quantisation_named
 from optim.groups import AdamWConfig, MuonAdamWConfig, OptimConfig
 from training.distributed import HardwareConfig, read_ranks
 from training.horizon import StageConfig
@@ -128,7 +127,7 @@ class InferConfig(SamplingConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         quantisation_named(self.quant, self.quant_group)
-        check_quant_cache(self.quant_cache)
+        cache_codes(self.quant_cache)
         stops_of(self.stop)
         if self.mode not in MODES:
             raise KestrelError(f"mode must be one of {', '.join(MODES)}, got '{self.mode}'")

@@ -31,17 +31,17 @@ from torch import Tensor
 from data.tokenizer import Tokenizer
 from errors import KestrelError
 from inference.block_pool import BlockPool
-from inference.paged_cache import PagedCache, check_quant_cache
+from inference.paged_cache import PagedCache
 from inference.prefill import PAD_TO, Prefill, Prompt, Reader
 from inference.request import Event, Request, Row
 from inference.rows import NOT_FORCED, DecodeStep, Drawn, Rows
 from inference.sampling import Plan, SamplingConfig, recent_tokens
 from inference.speculation import Lookup, n_right
-from kernels_torch.quantised_cache import FORMS
 from model.cost import kv_bytes_per_token
 from model.cuda_graphs import Capture, CudaGraphs
 from model.language_model import LanguageModel
 from model.layers.linear import Master
+from model.quantised import cache_codes
 
 DEFAULT_NEW_TOKENS = 512
 STOPS = ("<|bos|>", "<|assistant_end|>")  # a new document begins; the answer of a chat is over
@@ -91,7 +91,6 @@ class Engine:
                 raise KestrelError(f"{key} must be at least 1, got {value}")
         if speculate < 0:
             raise KestrelError(f"speculate must be at least 0, got {speculate}")
-        check_quant_cache(quant_cache)
         self.name = name
         self.model, self.tokenizer, self.max_rows, self.prefill_chunk = model, tokenizer, max_rows, prefill_chunk
         self.device = next(model.parameters()).device
@@ -99,7 +98,8 @@ class Engine:
         self.lag = int(is_gpu) if lag is None else lag
         self.speculate, self.reader = min(speculate, model.context_len - 1), None  # what reads guesses
         self.capture: Capture | None = CudaGraphs() if (is_gpu if graphs is None else graphs) else None
-        cache_tokens = most_tokens(model, max_rows, self.device, quant_cache) if cache_tokens is None else cache_tokens
+        codes = cache_codes(quant_cache)
+        cache_tokens = most_tokens(model, max_rows, self.device, codes) if cache_tokens is None else cache_tokens
         self.pool = BlockPool(-(-cache_tokens // page), page)
         self.cache = PagedCache(model, self.pool.n_blocks, page, one_row=max_rows == 1, form=quant_cache)
         self.prefill = Prefill(model, self.cache, self.pool, reuse_prefixes, self.capture)
@@ -461,13 +461,13 @@ def fit(model: LanguageModel, prompt_ids: list[int], sampling: SamplingConfig, c
     return sampling.max_new_tokens
 
 
-def most_tokens(model: LanguageModel, max_rows: int, device: torch.device, quant_cache: str | None = None) -> int:
+def most_tokens(model: LanguageModel, max_rows: int, device: torch.device, codes: torch.dtype | None = None) -> int:
     """A context for every row, unless the GPU has less memory free than that: then most of what it has."""
     wanted = max_rows * model.context_len
     if device.type != "cuda":
         return wanted
     free, _ = torch.cuda.mem_get_info(device)
-    return max(1, min(wanted, int(0.8 * free) // kv_bytes_per_token(model, FORMS.get(quant_cache))))
+    return max(1, min(wanted, int(0.8 * free) // kv_bytes_per_token(model, codes)))
 
 
 def cast_weights(model: LanguageModel) -> LanguageModel:

@@ -12,17 +12,10 @@ Pages may hold codes of 8 bits instead of numbers: then the scales of each page 
 import torch
 from torch import Tensor, nn
 
-from errors import KestrelError
-from kernels_torch.quantised_cache import FORMS
+from model.quantised import cache_codes
 
 TRASH = 0
 CPU_REACH = 512  # keys
-
-
-def check_quant_cache(form: str | None) -> None:
-    """Refuse what is no form of codes, in the words of the key that names it."""
-    if form is not None and form not in FORMS:
-        raise KestrelError(f"quant_cache must be one of {', '.join(FORMS)}, got '{form}'")
 
 
 class PagedCache:
@@ -42,7 +35,7 @@ class PagedCache:
         self.one_row = one_row
         self.page, self.max_blocks = page, -(-model.context_len // page)
         shape = (n_layer, 1 + n_blocks, page, n_kv_head, head_dim)
-        self.k = torch.empty(shape, dtype=model.dtype if form is None else FORMS[form], device=self.device)
+        self.k = torch.empty(shape, dtype=cache_codes(form) or model.dtype, device=self.device)
         self.v = torch.empty_like(self.k)
         self.scales: dict[str, Tensor] = {}
         if form is not None:

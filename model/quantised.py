@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from errors import KestrelError
+from kernels_torch.quantised_cache import FORMS as CACHE_FORMS
 from kernels_torch.quantised_weight import FORMS, GROUP, GROUPS, quantise, shapes_of
 from model.language_model import LanguageModel
 from model.layers.linear import Linear
@@ -27,6 +28,13 @@ class Quantisation(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.form} in groups of {self.group}" if self.form == "int4" else self.form
+
+
+def cache_codes(form: str | None) -> torch.dtype | None:
+    """The dtype of keys and values in the form that quant_cache= names; None: the model's own."""
+    if form is not None and form not in CACHE_FORMS:
+        raise KestrelError(f"quant_cache must be one of {', '.join(CACHE_FORMS)}, got '{form}'")
+    return CACHE_FORMS.get(form)
 
 
 def quantisation_named(form: str | None, group: int = GROUP) -> Quantisation | None:
