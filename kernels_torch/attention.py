@@ -5,15 +5,18 @@ than keys need an explicit mask; SDPA's `is_causal` aligns top-left and would le
 A soft-cap stands between the scores and the softmax, where SDPA has no place for it: there the scores are written out.
 """
 
-import math
+import sys
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_torch.checks import check_devices, holds_integers
+from kernels_torch.checks import check_devices, check_given, holds_integers
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LARGEST = sys.float_info.max
+LEAST_SCALE = 1.2e-38  # smaller ones are zero in fp32
+SOFTCAPS = (1e-30, 1e30)  # beyond them scores over or times the bound leave fp32
 
 
 def attention(
@@ -40,14 +43,18 @@ def attention(
               at least 1; None: all of them
     doc_ids   [B, T] integers, tokens see only tokens with the same id; needs Tq = Tk
     scale     None: D^−½
-    softcap   None, or the bound c of the scores: c · tanh(scale · q[t]·k[s] / c) takes their place
+    softcap   None, or the bound c of the scores, from 1e-30 to 1e30: c · tanh(scale · q[t]·k[s] / c) takes their place
     → [B, Tq, H, D]
 
-    Raises ValueError for shapes that do not fit together, and for a window or a softcap that is not positive.
+    A value that is inf or NaN at a key may reach queries that do not see it, as 0 · NaN is NaN: keys are taken by the
+    tile, or all at once. Other rows of the batch never see it.
+
+    Raises ValueError for shapes that do not fit together, a window below 1, a scale that is not finite, and a softcap
+    out of its range.
     Source: https://arxiv.org/abs/1706.03762; grouped heads https://arxiv.org/abs/2305.13245; soft-cap
     https://arxiv.org/abs/2408.00118.
     """
-    check_attention(q, k, v, window, doc_ids, scale, softcap)
+    check_attention(q, k, v, causal, window, doc_ids, scale, softcap)
     Tq, Tk = q.shape[1], k.shape[1]
     blind = blind_queries(Tq, Tk, causal, window)
     if blind > 0:
@@ -108,7 +115,7 @@ def fused_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, is_causal: bool, scale: float | None
 ) -> Tensor:
     """F.scaled_dot_product_attention for [B, T, H, D] and grouped heads; mask is True where a key is seen."""
-    if scale is not None and scale <= 0:  # which a masked score of -inf must not be multiplied by
+    if scale is not None and scale < LEAST_SCALE:  # a masked score of -inf must not be multiplied by 0 or less
         q, scale = q * scale, 1.0
     q, k, v = (in_whole_words(x).transpose(1, 2) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -132,6 +139,7 @@ def check_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    causal: bool,
     window: int | None,
     doc_ids: Tensor | None,
     scale: float | None,
@@ -140,11 +148,12 @@ def check_attention(
     """Refuse what `attention` cannot mean."""
     check_heads(q, k, v)
     check_devices(q=q, doc_ids=doc_ids)
+    if not isinstance(causal, bool):
+        raise ValueError(f"causal must be True or False, got {causal!r:.80}")
     check_window(window)
-    if scale is not None and not -math.inf < scale < math.inf:
-        raise ValueError(f"scale must be finite, got {scale} (None: D^-0.5)")
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"softcap must be positive and finite, got {softcap} (None: no cap)")
+    check_scale(scale)
+    if softcap is not None and not (is_number(softcap) and SOFTCAPS[0] <= softcap <= SOFTCAPS[1]):
+        raise ValueError(f"softcap must be a number from 1e-30 to 1e30, got {softcap!r:.80} (None: no cap)")
     if doc_ids is not None:
         if q.shape[1] != k.shape[1]:
             raise ValueError(f"doc_ids need as many keys as queries, got {k.shape[1]} and {q.shape[1]}")
@@ -159,14 +168,25 @@ def check_window(window: int | None) -> None:
     counts = isinstance(window, int | torch.SymInt) and not isinstance(window, bool)
     if window is not None and not (counts and window >= 1):
         raise ValueError(
-            f"window must be a whole number and at least 1, got {window} (how many tokens before it each token sees; "
+            f"window must be an int and at least 1, got {window!r:.80} (how many tokens before it each token sees; "
             "None: all)"
         )
 
 
+def check_scale(scale: float | None, name: str = "scale") -> None:
+    """What scores, or queries and keys, are multiplied by."""
+    if scale is not None and not (is_number(scale) and abs(scale) <= LARGEST):
+        raise ValueError(f"{name} must be a finite number, got {scale!r:.80}" + " (None: D^-0.5)" * (name == "scale"))
+
+
+def is_number(x: object) -> bool:
+    """A Python number, or what torch.compile has in its place."""
+    return isinstance(x, float | int | torch.SymFloat | torch.SymInt) and not isinstance(x, bool)
+
+
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     """q [B, T, H, D], k and v [B, S, Hkv, D] of one floating-point dtype, H a multiple of Hkv."""
-    check_devices(q=q, k=k, v=v)
+    check_given(q=q, k=k, v=v)
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k, v))
         raise ValueError(f"q must be [B, Tq, H, D], k and v [B, Tk, Hkv, D], got {shapes}")

@@ -8,8 +8,8 @@ them (0 · NaN is NaN, so masking the weights alone would not do). A kernel can 
 import torch
 from torch import Tensor
 
-from kernels_torch.attention import check_heads, check_window, fused_attention, visible
-from kernels_torch.checks import check_devices, holds_integers
+from kernels_torch.attention import FLOATS, check_heads, check_scale, check_window, fused_attention, visible
+from kernels_torch.checks import check_block_table, check_devices, check_given, check_lengths
 from kernels_torch.quantised_cache import as_bytes, check_pages, dequantise
 
 
@@ -30,18 +30,22 @@ def attention_decode(
 
     q                 [B, Tn, H, D]
     k_cache, v_cache  [B, S, Hkv, D], the new tokens' keys and values already in place, the dtype of q
-    lengths           [B] int32 on the device: valid keys of each row including the new ones, at most S (not checked:
-                      that would wait for the device)
+    lengths           [B] int32 or int64 on the device: valid keys of each row including the new ones, at most S (not
+                      checked: that would wait for the device)
     window            how many earlier tokens each token sees; None: all
     scale             None: D^−½
     → [B, Tn, H, D]
 
-    Raises ValueError for shapes that do not fit together, lengths that are not integers, and a negative window.
+    A value within lengths[b] that is inf or NaN may reach queries of its row that do not see it, as 0 · NaN is NaN.
+
+    Raises ValueError for shapes that do not fit together, lengths that are neither int32 nor int64, a window below 1,
+    and a scale that is not finite.
     """
-    check_attention_decode(q, k_cache, v_cache, lengths, window)
-    valid = is_valid(k_cache, lengths)
-    k, v = (torch.where(valid, cache, 0) for cache in (k_cache, v_cache))
-    return attend(q, k, v, lengths, window, scale)
+    check_attention_decode(q, k_cache, v_cache, lengths, window, scale)
+    with torch.no_grad():
+        valid = is_valid(k_cache, lengths)
+        k, v = (torch.where(valid, cache, 0) for cache in (k_cache, v_cache))
+        return attend(q, k, v, lengths, window, scale)
 
 
 def is_valid(cache: Tensor, lengths: Tensor) -> Tensor:
@@ -85,16 +89,17 @@ def attention_decode_paged(
     k_scales, v_scales       of codes, [P, page, Hkv] fp32
     → [B, Tn, H, D]
     """
-    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window, k_scales, v_scales)
-    if k_scales is None:
-        k, v = (in_order(pages, block_table) for pages in (k_pages, v_pages))
-    else:
-        pairs = ((k_pages, k_scales), (v_pages, v_scales))
-        k, v = (numbers_in_order(pages, scales, block_table, q.dtype) for pages, scales in pairs)
-    valid = is_valid(k, lengths)
-    for copy in (k, v):  # in place: a second copy would take as long as all the rest
-        copy.masked_fill_(~valid, 0)
-    return attend(q, k, v, lengths, window, scale)
+    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window, scale, k_scales, v_scales)
+    with torch.no_grad():
+        if k_scales is None:
+            k, v = (in_order(pages, block_table) for pages in (k_pages, v_pages))
+        else:
+            pairs = ((k_pages, k_scales), (v_pages, v_scales))
+            k, v = (numbers_in_order(pages, scales, block_table, q.dtype) for pages, scales in pairs)
+        valid = is_valid(k, lengths)
+        for copy in (k, v):  # in place: a second copy would take as long as all the rest
+            copy.masked_fill_(~valid, 0)
+        return attend(q, k, v, lengths, window, scale)
 
 
 def in_order(pages: Tensor, block_table: Tensor) -> Tensor:
@@ -108,17 +113,17 @@ def numbers_in_order(pages: Tensor, scales: Tensor, block_table: Tensor, dtype: 
     return dequantise(codes, in_order(scales, block_table), dtype)
 
 
-def check_attention_decode(q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None) -> None:
+def check_attention_decode(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, window: int | None, scale: float | None
+) -> None:
     """Refuse what `attention_decode` cannot mean."""
     check_heads(q, k_cache, v_cache)
-    check_devices(q=q, lengths=lengths)
+    check_given(q=q, lengths=lengths)
     if q.shape[1] > k_cache.shape[1]:
         raise ValueError(f"{q.shape[1]} new tokens do not fit a cache of {k_cache.shape[1]}")
-    if tuple(lengths.shape) != (q.shape[0],) or not holds_integers(lengths):
-        raise ValueError(
-            f"lengths must be an integer tensor [{q.shape[0]}], got {lengths.dtype} {tuple(lengths.shape)}"
-        )
+    check_lengths(lengths, q)
     check_window(window)
+    check_scale(scale)
 
 
 def check_attention_decode_paged(
@@ -128,11 +133,12 @@ def check_attention_decode_paged(
     block_table: Tensor,
     lengths: Tensor,
     window: int | None,
+    scale: float | None,
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> None:
     """Refuse what `attention_decode_paged` cannot mean, in the words of `attention_decode`."""
-    check_devices(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
+    check_given(q=q, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
     check_devices(q=q, k_scales=k_scales, v_scales=v_scales)
     if q.dim() != 4 or k_pages.dim() != 4 or k_pages.shape != v_pages.shape or q.shape[3] != k_pages.shape[3]:
         shapes = ", ".join(str(tuple(x.shape)) for x in (q, k_pages, v_pages))
@@ -142,17 +148,14 @@ def check_attention_decode_paged(
         raise ValueError(f"query heads must be a multiple of key heads, got {H} and {Hkv}")
     if not (k_scales is None and v_scales is None):
         check_pages(k_pages, v_pages, k_scales, v_scales)
-        if not q.is_floating_point():
-            raise ValueError(f"q must be floating point, got {q.dtype}")
-    elif not (q.dtype == k_pages.dtype == v_pages.dtype and q.is_floating_point()):
+        if q.dtype not in FLOATS:
+            raise ValueError(f"q must be bfloat16, float16, float32 or float64, got {q.dtype}")
+    elif not (q.dtype == k_pages.dtype == v_pages.dtype and q.dtype in FLOATS):
         dtypes = f"{q.dtype}, {k_pages.dtype} and {v_pages.dtype}"
-        raise ValueError(f"q, k_pages and v_pages must have one floating-point dtype, got {dtypes}")
-    if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
-        raise ValueError(
-            f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"
-        )
+        raise ValueError(f"q, k_pages and v_pages must all be bfloat16, float16, float32 or float64, got {dtypes}")
+    check_block_table(block_table, k_pages, B)
     if Tn > block_table.shape[1] * page:
         raise ValueError(f"{Tn} new tokens do not fit a cache of {block_table.shape[1] * page}")
-    if tuple(lengths.shape) != (B,) or not holds_integers(lengths):
-        raise ValueError(f"lengths must be an integer tensor [{B}], got {lengths.dtype} {tuple(lengths.shape)}")
+    check_lengths(lengths, q)
     check_window(window)
+    check_scale(scale)

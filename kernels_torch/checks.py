@@ -5,13 +5,43 @@ from torch import Tensor
 
 
 def check_devices(**tensors: Tensor | None) -> None:
-    """Refuse tensors that do not all lie on the device of the first."""
+    """Refuse what is no tensor, and tensors that do not all lie on the device of the first."""
     present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    for name, tensor in present.items():
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r:.80}")
     first, *others = present
     device = present[first].device
     for name in others:
         if present[name].device != device:
             raise ValueError(f"{name} must be on {device} like {first}, got {present[name].device}")
+
+
+def check_given(**tensors: Tensor) -> None:
+    """As check_devices, of tensors that cannot be left out."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            raise ValueError(f"{name} must be a tensor, got None")
+    check_devices(**tensors)
+
+
+def check_lengths(lengths: Tensor, q: Tensor) -> None:
+    """Refuse what does not say how many tokens each row of q holds. Narrower integers could not count one more."""
+    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+        wanted, got = tuple(q.shape[:1]), tuple(lengths.shape)
+        raise ValueError(f"lengths must be an int32 or int64 tensor {wanted}, got {lengths.dtype} {got}")
+
+
+def check_block_table(block_table: Tensor, pages: Tensor, B: int) -> None:
+    """Refuse what does not name the pages of B rows."""
+    if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
+        raise ValueError(
+            f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"
+        )
+    if len(pages) == 0 and block_table.numel() > 0:
+        raise ValueError(
+            f"block_table {tuple(block_table.shape)} names pages, but there are none: {tuple(pages.shape)}"
+        )
 
 
 def check_float(op: str, x: Tensor) -> None:

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels_torch.checks import check_devices, holds_integers
+from kernels_torch.checks import check_block_table, check_devices, check_given, check_lengths, holds_integers
 from kernels_torch.quantised_cache import as_bytes, check_pages, quantise
 
 
@@ -63,7 +63,7 @@ def qk_norm_rope_append(
     k, v              [B, T, Hkv, D], the dtype of q
     k_cache, v_cache  [B, S, Hkv, D], any strides and any floating-point dtype: written in place
     cos, sin          [at least S, D/2] fp32
-    lengths           [B] integers on the device: tokens each row holds already; what has no room in S is dropped
+    lengths           [B] int32 or int64 on the device: tokens each row holds already; what has no room in S is dropped
     eps, scale        as in qk_norm_rope
     → (q, k_cache, v_cache): q rotated and normalised, and the caches themselves
 
@@ -106,7 +106,7 @@ def qk_norm_rope_append_paged(
     block_table       [B, n] integers on the device: the pages of each row in order; those that are written to must be
                       pages, and no two rows' (neither is checked: that would wait for the device)
     cos, sin          [S, D/2] fp32
-    lengths           [B] integers on the device: tokens each row holds already; what has no room in n · page, or no
+    lengths           [B] int32 or int64 on the device: tokens each row holds already; what has no room in n · page, or no
                       row in the tables, is dropped
     eps, scale        as in qk_norm_rope
     k_scales, v_scales  of codes, [P, page, Hkv] fp32: written in place, too
@@ -177,7 +177,8 @@ def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float | None, scal
 
 def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: int | Tensor, eps: float | None) -> None:
     """Refuse what `qk_norm_rope` cannot mean."""
-    check_devices(q=q, k=k, cos=cos, sin=sin, start=start if isinstance(start, Tensor) else None)
+    check_given(q=q, k=k, cos=cos, sin=sin)
+    check_devices(q=q, start=start if isinstance(start, Tensor) else None)
     if q.dim() != 4 or k.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
         raise ValueError(f"q must be [B, T, H, D] and k [B, T, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
     if q.dtype != k.dtype or not q.is_floating_point():
@@ -200,6 +201,7 @@ def check_new_tokens(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, lengths: Tensor, eps: float | None
 ) -> None:
     """Refuse what no cache can take, in pages or in one piece."""
+    check_lengths(lengths, q)
     check_qk_norm_rope(q, k, cos, sin, lengths, eps)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
@@ -217,7 +219,7 @@ def check_qk_norm_rope_append(
     eps: float | None,
 ) -> None:
     """Refuse what `qk_norm_rope_append` cannot mean."""
-    check_devices(q=q, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
+    check_given(q=q, v=v, k_cache=k_cache, v_cache=v_cache, lengths=lengths)
     check_new_tokens(q, k, v, cos, sin, lengths, eps)
     B, _, Hkv, D = k.shape
     if k_cache.dim() != 4 or (k_cache.shape[0], *k_cache.shape[2:]) != (B, Hkv, D) or v_cache.shape != k_cache.shape:
@@ -245,16 +247,15 @@ def check_qk_norm_rope_append_paged(
     v_scales: Tensor | None = None,
 ) -> None:
     """Refuse what `qk_norm_rope_append_paged` cannot mean."""
-    check_devices(q=q, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
+    check_given(q=q, v=v, k_pages=k_pages, v_pages=v_pages, block_table=block_table, lengths=lengths)
     check_devices(q=q, k_scales=k_scales, v_scales=v_scales)
     check_new_tokens(q, k, v, cos, sin, lengths, eps)
     B, _, Hkv, D = k.shape
     if k_pages.dim() != 4 or tuple(k_pages.shape[2:]) != (Hkv, D) or v_pages.shape != k_pages.shape:
         raise ValueError(f"pages must be [P, page, {Hkv}, {D}], got {tuple(k_pages.shape)} and {tuple(v_pages.shape)}")
     check_pages(k_pages, v_pages, k_scales, v_scales)
-    if block_table.dim() != 2 or block_table.shape[0] != B or not holds_integers(block_table):
-        raise ValueError(
-            f"block_table must be an integer tensor [{B}, n], got {block_table.dtype} {tuple(block_table.shape)}"
-        )
+    check_block_table(block_table, k_pages, B)
     if B and block_table.shape[1] * k_pages.shape[1] == 0:
         raise ValueError(f"{B} rows have no page to write to")
+    if B and len(cos) == 0:
+        raise ValueError(f"{B} rows have no rotary row: cos and sin are {tuple(cos.shape)}")

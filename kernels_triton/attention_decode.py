@@ -407,7 +407,7 @@ def attention_decode(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, lengths: Tensor, *, window: int | None = None, scale: float | None = None
 ) -> Tensor:
     """kernels_torch.attention_decode, in one pass over the keys and values that are seen."""
-    check_attention_decode(q, k_cache, v_cache, lengths, window)
+    check_attention_decode(q, k_cache, v_cache, lengths, window, scale)
     with torch.no_grad():
         return _attention_decode(q, k_cache, v_cache, None, lengths, window, scale_of(q, scale))
 
@@ -417,7 +417,7 @@ def attention_decode_paged(
     scale: float | None = None, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> Tensor:
     """kernels_torch.attention_decode_paged, in one pass over the pages that are seen."""
-    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window, k_scales, v_scales)
+    check_attention_decode_paged(q, k_pages, v_pages, block_table, lengths, window, scale, k_scales, v_scales)
     with torch.no_grad():
         options = (window, scale_of(q, scale), k_scales, v_scales)
         return _attention_decode(q, k_pages, v_pages, block_table, lengths, *options)

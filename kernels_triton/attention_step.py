@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels_torch.attention_step import check_attention_step_paged
+from kernels_torch.attention_step import check_attention_step_paged, held_and_seen, room_of
 from kernels_triton.attention_decode import (
     MOST_KEYS,
     Tile,
@@ -69,23 +69,31 @@ def _angles(cos, sin, length, stride_cos, stride_sin, o_d, m_d, D: tl.constexpr)
 
 
 @triton.jit
-def _store_codes(p_codes, p_scale, b_x, m_d):
+def _store_codes(p_codes, p_scale, b_x, m_d, has_room):
     """One vector [BD] as codes and their scale → what they stand for."""
     b_scale, b_inverse = scale_and_inverse(tl.max(tl.abs(b_x), 0), tl.sum(b_x * 0.0, 0), p_codes.dtype.element_ty)
     b_codes = codes_of(b_x * b_inverse, p_codes.dtype.element_ty)                                       # [BD]
     tl.store(p_codes, b_codes, mask=m_d)
-    tl.store(p_scale, b_scale)
+    tl.store(p_scale, b_scale, mask=has_room)
     return numbers_of(b_codes).to(b_x.dtype) * b_scale.to(p_scale.dtype.element_ty).to(b_x.dtype)
 
 
 @triton.jit
-def _store(p, scales, o_scale, b_x, m_d):
+def _store(p, scales, o_scale, b_x, m_d, has_room):
     """One vector [BD] into a page → what counts of it."""
     if scales is None:
         tl.store(p, b_x.to(p.dtype.element_ty), mask=m_d)
         return b_x
     else:
-        return _store_codes(p, scales + o_scale, b_x, m_d)
+        return _store_codes(p, scales + o_scale, b_x, m_d, has_room)
+
+
+@triton.jit
+def _held(lengths, i_b, stride_lengths, S):
+    """How many tokens a row held before, and whether there is room for one more: where there is none, it counts as empty."""
+    length = tl.load(lengths + i_b * stride_lengths)
+    has_room = (length >= 0) & (length < S)
+    return tl.where(has_room, length, 0).to(tl.int32), has_room
 
 
 @triton.jit
@@ -96,18 +104,19 @@ def _places(i_page, o_row, i_h, stride_p, stride_s, stride_h, stride_sp, stride_
 
 @triton.jit
 def _append(
-    k, v, k_pages, v_pages, k_scales, v_scales, i_b, i_h, i_page, i_row, o_d, m_d, b_cos, b_sin,
+    k, v, k_pages, v_pages, k_scales, v_scales, i_b, i_h, i_page, i_row, o_d, has_room, b_cos, b_sin,
     stride_kb, stride_kh, stride_vb, stride_vh, stride_kp, stride_ks, stride_kph, stride_vp, stride_vs, stride_vph,
     stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh,
     D: tl.constexpr, eps: tl.constexpr, qk_scale: tl.constexpr,
 ):
-    """The new key and value of a head to their row of a page → what counts of them, [BD] each."""
+    """The new key and value of a head to their row of a page → what counts of them, [BD] each: zeros without room."""
+    m_d = o_d < tl.where(has_room, D, 0)
     o_k, o_ku = _places(i_page, i_row, i_h, stride_kp, stride_ks, stride_kph, stride_ksp, stride_kss, stride_ksh)
     o_v, o_vu = _places(i_page, i_row, i_h, stride_vp, stride_vs, stride_vph, stride_vsp, stride_vss, stride_vsh)
     b_v = tl.load(v + i_b * stride_vb + i_h * stride_vh + o_d, mask=m_d, other=0.0).to(b_cos.dtype)     # [BD]
     b_k = _rotated(k + i_b * stride_kb + i_h * stride_kh, o_d, m_d, b_cos, b_sin, D, eps, qk_scale)     # [BD]
-    b_k = _store(k_pages + o_k + o_d, k_scales, o_ku, b_k, m_d)
-    b_v = _store(v_pages + o_v + o_d, v_scales, o_vu, b_v, m_d)
+    b_k = _store(k_pages + o_k + o_d, k_scales, o_ku, b_k, m_d, has_room)
+    b_v = _store(v_pages + o_v + o_d, v_scales, o_vu, b_v, m_d, has_room)
     return b_k, b_v
 
 
@@ -126,7 +135,7 @@ def _attention_step_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i_p = tl.program_id(0)
     i_h, i_s, i_b = (i_p % Hkv).to(tl.int64), (i_p // Hkv) % (n_splits + 1), (i_p // (Hkv * (n_splits + 1))).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + i_b * stride_lengths), S - 1).to(tl.int32)
+    length, has_room = _held(lengths, i_b, stride_lengths, S)
     reach = None if window is None else window - 1
     first, n_blocks, per_split, end = _blocks_seen(0, length, reach, 1, n_splits, 1, 1, BS, 1)
     i_first = first + i_s * per_split
@@ -144,12 +153,12 @@ def _attention_step_kernel(
             tl.extra.cuda.gdc_wait()
         b_q = _rotated(p_q, o_d, m_d, b_cos, b_sin, D, eps, qk_scale) * (scale * 1.4426950408889634)    # [BD]
         b_new_k, b_new_v = _append(
-            k, v, k_pages, v_pages, k_scales, v_scales, i_b, i_h, i_new, length % PAGE, o_d, m_d, b_cos, b_sin,
+            k, v, k_pages, v_pages, k_scales, v_scales, i_b, i_h, i_new, length % PAGE, o_d, has_room, b_cos, b_sin,
             stride_kb, stride_kh, stride_vb, stride_vh, stride_kp, stride_ks, stride_kph, stride_vp, stride_vs, stride_vph,
             stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh, D, eps, qk_scale,
         )
         tl.store(parts + i_part * D + o_d, b_new_v, mask=m_d)
-        tl.store(stats + i_part * 2, tl.sum(b_new_k * b_q, 0))
+        tl.store(stats + i_part * 2, tl.where(has_room, tl.sum(b_new_k * b_q, 0), 0.0))
         tl.store(stats + i_part * 2 + 1, 1.0)
     else:
         o_l = tl.arange(0, BL)[:, None] + tl.arange(0, BS // BL)[None, :] * BL  # neighbours in neighbouring lanes
@@ -226,7 +235,7 @@ def _attention_step_by_products_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i_p = tl.program_id(0)
     i_h, i_s, i_b = (i_p % Hkv).to(tl.int64), (i_p // Hkv) % n_splits, (i_p // (Hkv * n_splits)).to(tl.int64)
-    length = tl.minimum(tl.load(lengths + i_b * stride_lengths), S - 1).to(tl.int32)
+    length, has_room = _held(lengths, i_b, stride_lengths, S)
     reach = None if window is None else window - 1
     first, n_blocks, per_split, end = _blocks_seen(0, length, reach, 1, n_splits, 1, 1, BS, 1)
     i_first = first + i_s * per_split
@@ -258,11 +267,11 @@ def _attention_step_by_products_kernel(
     b_acc = tl.zeros([BM, BD], dtype=b_cos.dtype)                                                       # [BM, BD]
     if is_last:
         b_new_k, b_new_v = _append(
-            k, v, k_pages, v_pages, k_scales, v_scales, i_b, i_h, i_new, length % PAGE, o_d, m_d, b_cos, b_sin,
+            k, v, k_pages, v_pages, k_scales, v_scales, i_b, i_h, i_new, length % PAGE, o_d, has_room, b_cos, b_sin,
             stride_kb, stride_kh, stride_vb, stride_vh, stride_kp, stride_ks, stride_kph, stride_vp, stride_vs, stride_vph,
             stride_ksp, stride_kss, stride_ksh, stride_vsp, stride_vss, stride_vsh, D, eps, qk_scale,
         )
-        b_max = tl.sum(b_q * b_new_k[None, :], 1) * (scale * 1.4426950408889634)                        # [BM]
+        b_max = tl.where(has_room, tl.sum(b_q * b_new_k[None, :], 1) * (scale * 1.4426950408889634), 0.0)  # [BM]
         b_sum = b_sum + 1.0
         b_acc = b_acc + b_new_v[None, :]
     b_q = b_q.to(q.dtype.element_ty)
@@ -314,7 +323,7 @@ def _join_step_kernel(
         tl.extra.cuda.gdc_launch_dependents()
     i_r = tl.program_id(0).to(tl.int64)
     o_p, o_d = tl.arange(0, BP), tl.program_id(1) * BD + tl.arange(0, BD)
-    length = tl.minimum(tl.load(lengths + i_r // H * stride_lengths), S - 1).to(tl.int32)
+    length, _ = _held(lengths, i_r // H, stride_lengths, S)
     reach = None if window is None else window - 1
     _, n_blocks, per_split, _ = _blocks_seen(0, length, reach, 1, n_splits, 1, 1, BS, 1)
     m_p, m_d = ((o_p * per_split < n_blocks) & (o_p < n_splits)) | (o_p == n_parts - 1), o_d < D
@@ -339,7 +348,7 @@ def _attention_step(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
-    S, in_lanes = table.shape[1] * page, tile.BM == 1
+    S, in_lanes = room_of(k_pages, table, cos), tile.BM == 1
     window = None if window is None or window >= S - 1 else window
     n_blocks = ceil_div(S if window is None else min(S, window + tile.BS), tile.BS)
     splits = step_splits(B * Hkv, n_blocks, tile, n_processors(q.device))
@@ -396,15 +405,17 @@ def attention_step_paged(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """kernels_torch.attention_step_paged, in two launches or three. Arguments: see there."""
     places, scales = (block_table, cos, sin, lengths), dict(k_scales=k_scales, v_scales=v_scales)
-    check_attention_step_paged(q, k, v, k_pages, v_pages, *places, eps, window, **scales)
+    check_attention_step_paged(q, k, v, k_pages, v_pages, *places, eps, qk_scale, window, scale, **scales)
     check_gpu(q=q)
     (B, _, H, D), (_, page, Hkv, _) = q.shape, k_pages.shape
     cache_bytes = 2 * B * block_table.shape[1] * page * Hkv * D * k_pages.element_size()
     tile = tile_for(H // Hkv, D, q.element_size(), cache_bytes)
     side_by_side = k_pages.stride(3) == v_pages.stride(3) == 1
     if not side_by_side or (tile.BM > 1 and H // Hkv > tile.BM):
+        held, seen = held_and_seen(lengths, room_of(k_pages, block_table, cos))
+        places = (block_table, cos, sin, held)
         q, *_ = qk_norm_rope_append_paged(q, k, v, k_pages, v_pages, *places, eps=eps, scale=qk_scale, **scales)
-        seen = (block_table, lengths + 1)
+        seen = (block_table, seen)
         return attention_decode_paged(q, k_pages, v_pages, *seen, window=window, scale=scale, **scales), k_pages, v_pages
     with torch.no_grad():
         q, k, v = values_side_by_side(q), values_side_by_side(k), values_side_by_side(v)

@@ -86,7 +86,7 @@ def attention(
     scale: float | None = None, softcap: float | None = None,
 ) -> Tensor:
     """kernels_torch.attention, tile by tile: by the kernels for Hopper GPUs where they know how, else by those for every GPU."""
-    check(q, k, v, window, doc_ids, scale, softcap)
+    check(q, k, v, causal, window, doc_ids, scale, softcap)
     return attend(q, k, v, causal, window, doc_ids, scale, softcap, takes_hopper(q, causal, softcap))
 
 
@@ -95,15 +95,16 @@ def attention_portable(
     scale: float | None = None, softcap: float | None = None,
 ) -> Tensor:
     """kernels_torch.attention by the kernels for every GPU from Ampere on, on Hopper too."""
-    check(q, k, v, window, doc_ids, scale, softcap)
+    check(q, k, v, causal, window, doc_ids, scale, softcap)
     return attend(q, k, v, causal, window, doc_ids, scale, softcap, False)
 
 
 def check(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, doc_ids: Tensor | None, scale: float | None, softcap: float | None
+    q: Tensor, k: Tensor, v: Tensor, causal: bool, window: int | None, doc_ids: Tensor | None, scale: float | None,
+    softcap: float | None,
 ) -> None:
     """What no backend takes, and what these kernels do not."""
-    check_attention(q, k, v, window, doc_ids, scale, softcap)
+    check_attention(q, k, v, causal, window, doc_ids, scale, softcap)
     if q.shape[-1] > WIDEST_HEAD:
         raise ValueError(f"heads may be at most {WIDEST_HEAD} wide, got {q.shape[-1]}")
 

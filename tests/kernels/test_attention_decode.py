@@ -468,6 +468,12 @@ def test_compiles_to_one_graph(page, device):
     judge(OP, {"output 0": got}, inputs)
 
 
+@pytest.mark.parametrize("function", [kernels_torch.attention_decode, attention_decode])
+def test_is_not_differentiated(function, device):
+    inputs = made(dict(B=1, Tn=2, S=9, H=2, Hkv=2, D=8), torch.float32, device)
+    assert not function(**inputs | {"q": inputs["q"].clone().requires_grad_()}).requires_grad
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("Tn", [1, 4, 300])
 def test_250_runs_give_the_same_bits(Tn, device):

@@ -52,6 +52,34 @@ def test_rows_by_products_know_nothing_of_each_other(device, by_products):
     assert torch.equal(step(**others)[0][0], alone[0])
 
 
+@pytest.mark.parametrize("codes", [None, "int8"])
+@pytest.mark.parametrize(("H", "small_cache"), [(2, 2**30), (2, 0), (4, 0), (40, 0)], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_token_without_a_position_is_dropped(backend, H, small_cache, codes, device, monkeypatch):
+    """Before the first, behind the pages, behind the tables: nothing is written anywhere, and out is zeros."""
+    monkeypatch.setattr(importlib.import_module("kernels_triton.attention_decode"), "SMALL_CACHE", small_cache)
+    inputs = CASES[OP].make(dict(B=6, page=4, n=3, H=H, Hkv=2, D=16, codes=codes), torch.float32, device)
+    inputs["lengths"] = torch.tensor([5, -1, 12, 10, 9, 2**31 - 1], dtype=torch.int32, device=device)
+    kept = torch.tensor([True, False, False, False, True, False], device=device)
+    for name in ("cos", "sin"):  # of more rows than these ten
+        inputs[name] = torch.cat([inputs[name][:10], torch.full_like(inputs[name], torch.nan)])[:10]
+    alone = {name: inputs[name][kept] for name in ("q", "k", "v", "block_table", "lengths")}
+    names = [name for name in inputs if name[2:] in ("pages", "scales") and inputs[name] is not None]
+    among, beside = ({name: inside_more_pages(inputs[name]) for name in names} for _ in range(2))
+    out = MODULES[backend].attention_step_paged(**inputs | {name: x[3:-3] for name, x in among.items()})[0]
+    expected = MODULES[backend].attention_step_paged(
+        **inputs | alone | {name: x[3:-3] for name, x in beside.items()},
+    )[0]
+    assert out[~kept].eq(0).all()
+    torch.testing.assert_close(out[kept], expected)
+    for name in names:
+        torch.testing.assert_close(among[name], beside[name], msg=name, equal_nan=True)
+
+
+def inside_more_pages(pages: torch.Tensor) -> torch.Tensor:
+    return torch.cat([torch.ones_like(pages[:3]), pages, torch.ones_like(pages[:3])])
+
+
 @pytest.mark.parametrize("small_cache", [0, 2**30])
 @pytest.mark.parametrize("length", [0, 1, 7, 8, 9, 63, 64, 65, 158])
 def test_every_length_around_blocks_and_splits(small_cache, length, device, monkeypatch):

@@ -288,6 +288,15 @@ def with_scales(dtype: torch.dtype | None = torch.int8, n_heads: int | None = No
     return changed
 
 
+def no_pages(inputs: dict) -> dict[str, Tensor]:
+    return {name: inputs[name][:0] for name in ("k_pages", "v_pages")}
+
+
+LENGTHS_REFUSED = [
+    (lambda inputs: {"lengths": inputs["lengths"].float()}, "lengths must be an int32 or int64 .*float32"),
+    (lambda inputs: {"lengths": inputs["lengths"].to(torch.uint8)}, "lengths must be an int32 or int64 .*uint8"),
+    (lambda inputs: {"lengths": inputs["lengths"].tolist()}, r"lengths must be a tensor, got \["),
+]
 CODES_REFUSED = [
     (lambda inputs: {name: inputs[name].to(torch.int8) for name in ("k_pages", "v_pages")}, "int8"),
     (with_scales(v_scales=None), "k_scales and v_scales belong together"),
@@ -312,9 +321,21 @@ REFUSED = {
         (lambda _: {"window": 0}, "at least 1, got 0"),
         (lambda _: {"window": -2}, "-2"),
         (lambda _: {"window": True}, "got True"),
+        (lambda _: {"window": "3"}, "at least 1, got '3'"),
+        (lambda _: {"window": torch.tensor(3)}, r"at least 1, got tensor\(3\)"),
+        (lambda _: {"causal": "no"}, "causal must be True or False, got 'no'"),
+        (lambda _: {"v": None}, "v must be a tensor, got None"),
+        (lambda inputs: {"doc_ids": [[0] * 17] * 2}, r"doc_ids must be a tensor, got \[\[0"),
+        (lambda _: {"scale": torch.tensor(0.5)}, r"scale must be a finite number, got tensor\(0.5"),
+        (lambda _: {"scale": "a"}, "scale must be a finite number, got 'a'"),
+        (lambda _: {"scale": 10**400}, "scale must be a finite number, got 1000"),
+        (lambda _: {"softcap": "3"}, "from 1e-30 to 1e30, got '3'"),
+        (lambda _: {"softcap": True}, "from 1e-30 to 1e30, got True"),
+        (lambda _: {"softcap": 1e-40}, "from 1e-30 to 1e30, got 1e-40"),
+        (lambda _: {"softcap": 1e39}, r"from 1e-30 to 1e30, got 1e\+39"),
         (lambda inputs: {name: inputs[name].to(torch.float8_e5m2) for name in "qkv"}, "got torch.float8_e5m2"),
-        (lambda _: {"scale": float("nan")}, "scale must be finite, got nan"),
-        (lambda _: {"softcap": 0.0}, "positive and finite, got 0.0"),
+        (lambda _: {"scale": float("nan")}, "scale must be a finite number, got nan"),
+        (lambda _: {"softcap": 0.0}, "from 1e-30 to 1e30, got 0.0"),
         (lambda _: {"softcap": float("inf")}, "got inf"),
         (lambda _: {"softcap": float("nan")}, "got nan"),
         (as_int("v"), "int32"),
@@ -332,7 +353,8 @@ REFUSED = {
     ],
     "attention_decode": [
         (half("v_cache"), "Hkv, D"),
-        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
+        *LENGTHS_REFUSED,
+        (lambda _: {"scale": float("inf")}, "scale must be a finite number, got inf"),
         (lambda inputs: {"lengths": inputs["lengths"][:2]}, r"\(2,\)"),
         (lambda _: {"window": 0}, "at least 1, got 0"),
         (lambda _: {"window": -2}, "-2"),
@@ -340,10 +362,20 @@ REFUSED = {
     ],
     "attention_decode_paged": [
         *CODES_REFUSED,
+        *LENGTHS_REFUSED,
+        (no_pages, r"names pages, but there are none: \(0,"),
+        (lambda _: {"scale": float("nan")}, "scale must be a finite number, got nan"),
+        (
+            lambda inputs: {x: inputs[x].to(torch.float8_e4m3fn) for x in ("q", "k_pages", "v_pages")},
+            "must all be bfloat16, .* got torch.float8_e4m3fn",
+        ),
+        (
+            lambda inputs: with_scales()(inputs) | {"q": inputs["q"].to(torch.float8_e4m3fn)},
+            "q must be bfloat16, .* got torch.float8_e4m3fn",
+        ),
         (half("v_pages"), "page, Hkv, D"),
         (lambda inputs: {"block_table": inputs["block_table"].float()}, "block_table .*float32"),
         (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
-        (lambda inputs: {"lengths": inputs["lengths"].float()}, "lengths .*float32"),
         (lambda inputs: {"q": inputs["q"][:, :, :3]}, "3 and 2"),
         (lambda _: {"window": -2}, "-2"),
         (lambda inputs: {"q": inputs["q"].repeat(1, 25, 1, 1)}, "25 new tokens do not fit a cache of 24"),
@@ -418,7 +450,7 @@ REFUSED = {
         (half("k_cache"), "caches must be"),
         (half("cos"), "cos and sin"),
         (as_int("v_cache"), "int32"),
-        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
+        *LENGTHS_REFUSED,
         (
             lambda inputs: {"cos": inputs["cos"][:5], "sin": inputs["sin"][:5]},
             "9 tokens needs as many rotary rows, got 5",
@@ -430,7 +462,9 @@ REFUSED = {
         (half("k_pages"), "pages must be"),
         (half("cos"), "cos and sin"),
         (as_int("v_pages"), "int32"),
-        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
+        *LENGTHS_REFUSED,
+        (no_pages, r"names pages, but there are none: \(0,"),
+        (lambda inputs: {x: inputs[x][:0] for x in ("cos", "sin")}, "no rotary row"),
         (lambda inputs: {"block_table": inputs["block_table"].float()}, "block_table .*float32"),
         (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
         (lambda inputs: {"block_table": inputs["block_table"][:, :0]}, "no page"),
@@ -477,8 +511,15 @@ REFUSED = {
         *CODES_REFUSED,
         (half("v"), "v must be"),
         (half("v_pages"), "pages must be"),
+        *LENGTHS_REFUSED,
+        (no_pages, r"names pages, but there are none: \(0,"),
+        (lambda _: {"scale": float("nan")}, "scale must be a finite number, got nan"),
+        (lambda _: {"qk_scale": float("inf")}, "qk_scale must be a finite number, got inf"),
+        (
+            lambda inputs: with_scales()(inputs) | {x: inputs[x].to(torch.float8_e4m3fn) for x in "qkv"},
+            "q, k and v must be bfloat16, .* got torch.float8_e4m3fn",
+        ),
         (lambda inputs: {"block_table": inputs["block_table"][:2]}, r"\(2, 3\)"),
-        (lambda inputs: {"lengths": inputs["lengths"].float()}, "float32"),
         (lambda inputs: {name: inputs[name].repeat(1, 2, 1, 1) for name in "qkv"}, "one token a row, got q .*2, 2, 16"),
         (lambda inputs: {"q": inputs["q"].repeat(1, 1, 2, 1)[:, :, :3]}, "3 and 2"),
         (lambda inputs: {"k_pages": inputs["k_pages"].double()}, "float64"),
