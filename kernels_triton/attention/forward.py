@@ -67,7 +67,8 @@ def _attention_fwd_kernel(
     b_q = load_rows(p_q, stride_qt, Tq - t0, D, BT, BD, True)                                           # [BT, BD]
     o_p = tl.minimum(Tk - Tq + t0 + tl.arange(0, BT), Tk - 1)  # rows beyond the last query see what it sees
     b_o = tl.zeros([BT, BD], dtype=lse.dtype.element_ty)                                                # [BT, BD]
-    b_m = tl.full([BT], -3e38, dtype=lse.dtype.element_ty)  # not -inf, so that no difference with it is NaN
+    LOWEST: tl.constexpr = -1.7e308 if lse.dtype.element_ty == tl.float64 else -3e38
+    b_m = tl.full([BT], LOWEST, dtype=lse.dtype.element_ty)  # not -inf, so that no difference with it is NaN
     b_l = tl.zeros([BT], dtype=lse.dtype.element_ty)                                                    # [BT]
     a, b, c, end = keys_of(t0, Tq, Tk, window, p_bounds, BT, BS, CAUSAL)
     for i in range(end - c + b - a):

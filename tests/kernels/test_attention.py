@@ -349,6 +349,29 @@ def test_any_scale(ours, scale, softcap, device):
     assert_as_exact_as_plain_pytorch(ours, inputs, torch.float32)
 
 
+@pytest.mark.parametrize("backend", WITH_ATTENTION)
+@pytest.mark.parametrize("scale", [1e-46, 1e-320, -1e-46])
+def test_a_scale_too_small_for_fp32_sees_all_keys_alike(backend, scale, device):
+    inputs = CASES["attention"].make(dict(B=1, T=9, H=2, Hkv=2, D=8), torch.float32, device)
+    judge("attention", run("attention", ATTENTION[backend], inputs | {"scale": scale}), inputs | {"scale": 0.0})
+
+
+@pytest.mark.parametrize("backend", WITH_ATTENTION)
+@pytest.mark.parametrize("softcap", [1e-30, 1e30])
+def test_the_least_and_the_largest_soft_cap(backend, softcap, device):
+    inputs = CASES["attention"].make(dict(B=1, T=19, H=2, Hkv=2, D=8, softcap=softcap), torch.float32, device)
+    judge("attention", run("attention", ATTENTION[backend], inputs), inputs)
+
+
+@pytest.mark.parametrize("backend", WITH_ATTENTION)
+def test_scores_that_only_fp64_holds(backend, device):
+    """All far below what fp32 can count to: weights are about their differences."""
+    q = torch.full((1, 2, 1, 1), 1e20, dtype=torch.float64, device=device)
+    v = torch.tensor([2.0, 4.0], dtype=torch.float64, device=device).view(1, 2, 1, 1)
+    got = ATTENTION[backend](q, -q, v, scale=1.0)
+    torch.testing.assert_close(got.flatten(), v.new_tensor([2.0, 3.0]), rtol=1e-12, atol=0.0)
+
+
 HEADS_FIRST = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
 EXPANDED = lambda x: x[:1, :1].expand(x.shape)
 
