@@ -99,7 +99,10 @@ def load_ops(
         )
     chosen = chosen_backends(config)
     chosen |= {form: chosen[op] for form, op in FORMS.items()}
-    modules = {backend: load_backend(backend, device) for backend in dict.fromkeys(chosen.values())}
+    modules = {}
+    for op, backend in chosen.items():
+        if backend not in modules:
+            modules[backend] = load_backend(backend, device, "kernels" if backend == config.backend else key_of(op))
     ops = {op: find_op(modules[backend], op) for op, backend in chosen.items()}
     unused = (set() if trains else TRAINING) | (set() if generates else ENGINE)
     ours = {op: backend for op, backend in chosen.items() if is_triton(backend) and op not in unused}
@@ -177,13 +180,13 @@ def is_triton(backend: str) -> bool:
     return backend.split("_")[0] == "triton"
 
 
-def load_backend(backend: str, device: torch.device) -> ModuleType:
-    """Import kernels_<backend>, after the checks whose failure would otherwise be a riddle."""
+def load_backend(backend: str, device: torch.device, key: str = "kernels") -> ModuleType:
+    """Import kernels_<backend>, which `key` asked for, after the checks whose failure would otherwise be a riddle."""
     existing = sorted(path.parent.name.removeprefix("kernels_") for path in ROOT.glob("kernels_*/__init__.py"))
     if backend not in existing:
-        raise KestrelError(f"there is no backend kernels={backend}; choose from {', '.join(existing)}")
+        raise KestrelError(f"there is no backend {key}={backend}; choose from {', '.join(existing)}")
     if is_triton(backend):
-        require_triton(device)
+        require_triton(device, key, backend)
     return import_module(f"kernels_{backend}")
 
 
@@ -200,7 +203,12 @@ def find_op(module: ModuleType, op: str) -> Callable:
     if op in module.__all__:
         return getattr(module, op)
     has = ", ".join(name for name in OP_NAMES if name in module.__all__)
-    raise KestrelError(f"{module.__name__} has no {op}, only {has}: add kernels.{FORMS.get(op, op)}=torch")
+    raise KestrelError(f"{module.__name__} has no {op}, only {has}: add {key_of(op)}=torch")
+
+
+def key_of(op: str) -> str:
+    """What in a config chooses the backend of an op."""
+    return f"kernels.{FORMS.get(op, op)}"
 
 
 def is_interpreted() -> bool:
@@ -208,21 +216,21 @@ def is_interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def require_triton(device: torch.device) -> None:
+def require_triton(device: torch.device, key: str, backend: str) -> None:
     """Refuse Triton where it is not installed or has nothing to run on."""
     if find_spec("triton") is None:
-        raise KestrelError("kernels=triton needs the package triton: pip install triton (Linux), or take kernels=torch")
+        raise KestrelError(f"{key}={backend} needs the package triton: pip install triton (Linux), or take {key}=torch")
     if device.type == "cuda":
         capability = torch.cuda.get_device_capability(device)
         if capability < (8, 0):
             name = torch.cuda.get_device_name(device)
             raise KestrelError(
-                f"kernels=triton needs a GPU of compute capability 8.0 (Ampere) or newer, and {name} has "
-                f"{capability[0]}.{capability[1]}: take kernels=torch"
+                f"{key}={backend} needs a GPU of compute capability 8.0 (Ampere) or newer, and {name} has "
+                f"{capability[0]}.{capability[1]}: take {key}=torch"
             )
     elif not is_interpreted():
         raise KestrelError(
-            f"kernels=triton needs an NVIDIA GPU, and the device is {device}: take kernels=torch, or set the "
+            f"{key}={backend} needs an NVIDIA GPU, and the device is {device}: take {key}=torch, or set the "
             "environment variable TRITON_INTERPRET=1 to run the kernels slowly in Triton's interpreter"
         )
 
@@ -250,7 +258,7 @@ def prove(
     This finds a broken installation (no compiler, wrong driver) at the start instead of at the first step. It is no
     precision test: those are in tests/kernels.
     """
-    remedy = f"take kernels.{FORMS.get(op, op)}={remedy}"
+    remedy = f"take {key_of(op)}={remedy}"
     for case, shape in proofs(op, device):
         try:
             with torch.cuda.device(device) if device.type == "cuda" else nullcontext():

@@ -77,7 +77,7 @@ def test_yaml_lists_what_is_not_ours_yet():
 def test_an_unknown_backend_names_those_that_exist(device):
     with pytest.raises(KestrelError, match="no backend kernels=cuda; choose from torch, triton"):
         load_ops(KernelConfig(backend="cuda"), device)
-    with pytest.raises(KestrelError, match="no backend kernels=numpy"):
+    with pytest.raises(KestrelError, match=r"no backend kernels\.attention=numpy"):
         load_ops(KernelConfig(attention="numpy"), device)
 
 
@@ -98,7 +98,10 @@ def test_triton_that_is_not_installed_is_said_so(device, monkeypatch):
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(KestrelError, match="TRITON_INTERPRET=1"):
-        load_ops(KernelConfig(rmsnorm="triton"), "cpu")
+        load_ops(KernelConfig(backend="triton"), "cpu")
+    its_key = r"kernels\.attention=triton_portable needs an NVIDIA GPU.*: take kernels\.attention=torch"
+    with pytest.raises(KestrelError, match=its_key):
+        load_ops(KernelConfig(attention="triton_portable"), "cpu")
 
 
 @needs_triton
@@ -106,7 +109,7 @@ def test_a_gpu_too_old_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Old GPU")
     with pytest.raises(KestrelError, match=r"Old GPU has 7\.5: take kernels=torch"):
-        load_ops(KernelConfig(rmsnorm="triton"), "cuda")
+        load_ops(KernelConfig(backend="triton"), "cuda")
 
 
 @needs_triton
