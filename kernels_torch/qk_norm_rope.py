@@ -106,8 +106,8 @@ def qk_norm_rope_append_paged(
     block_table       [B, n] integers on the device: the pages of each row in order; those that are written to must be
                       pages, and no two rows' (neither is checked: that would wait for the device)
     cos, sin          [S, D/2] fp32
-    lengths           [B] int32 or int64 on the device: tokens each row holds already; what has no room in n · page, or no
-                      row in the tables, is dropped
+    lengths           [B] int32 or int64 on the device: tokens each row holds already; what has no room in n · page, or
+                      no row in the tables, is dropped
     eps, scale        as in qk_norm_rope
     k_scales, v_scales  of codes, [P, page, Hkv] fp32: written in place, too
     → (q, k_pages, v_pages): q rotated and normalised, and the pages themselves
