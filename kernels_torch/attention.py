@@ -13,6 +13,8 @@ from torch import Tensor
 
 from kernels_torch.checks import check_devices, check_given, holds_integers
 
+COUNTS = (int, torch.SymInt)  # Python's, and what torch.compile has in their place
+NUMBERS = (float, torch.SymFloat, *COUNTS)
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 LARGEST = sys.float_info.max
 LEAST_SCALE = 1.2e-38  # smaller ones are zero in fp32
@@ -165,8 +167,7 @@ def check_attention(
 
 def check_window(window: int | None) -> None:
     """How many earlier tokens are seen is counted. 0 and −1 mean all of them elsewhere, so here they mean nothing."""
-    counts = isinstance(window, int | torch.SymInt) and not isinstance(window, bool)
-    if window is not None and not (counts and window >= 1):
+    if window is not None and not (isinstance(window, COUNTS) and not isinstance(window, bool) and window >= 1):
         raise ValueError(
             f"window must be an int and at least 1, got {window!r:.80} (how many tokens before it each token sees; "
             "None: all)"
@@ -180,8 +181,7 @@ def check_scale(scale: float | None, name: str = "scale") -> None:
 
 
 def is_number(x: object) -> bool:
-    """A Python number, or what torch.compile has in its place."""
-    return isinstance(x, float | int | torch.SymFloat | torch.SymInt) and not isinstance(x, bool)
+    return isinstance(x, NUMBERS) and not isinstance(x, bool)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:

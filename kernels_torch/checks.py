@@ -3,31 +3,29 @@
 import torch
 from torch import Tensor
 
-
-def check_devices(**tensors: Tensor | None) -> None:
-    """Refuse what is no tensor, and tensors that do not all lie on the device of the first."""
-    present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
-    for name, tensor in present.items():
-        if not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {tensor!r:.80}")
-    first, *others = present
-    device = present[first].device
-    for name in others:
-        if present[name].device != device:
-            raise ValueError(f"{name} must be on {device} like {first}, got {present[name].device}")
+LENGTHS = (torch.int32, torch.int64)
 
 
 def check_given(**tensors: Tensor) -> None:
-    """As check_devices, of tensors that cannot be left out."""
+    """Refuse what is no tensor, and tensors that do not all lie on the device of the first."""
+    first = device = None
     for name, tensor in tensors.items():
-        if tensor is None:
-            raise ValueError(f"{name} must be a tensor, got None")
-    check_devices(**tensors)
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {tensor!r:.80}")
+        if device is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{name} must be on {device} like {first}, got {tensor.device}")
+
+
+def check_devices(**tensors: Tensor | None) -> None:
+    """As check_given, of tensors that may be left out."""
+    check_given(**{name: tensor for name, tensor in tensors.items() if tensor is not None})
 
 
 def check_lengths(lengths: Tensor, q: Tensor) -> None:
     """Refuse what does not say how many tokens each row of q holds. Narrower integers could not count one more."""
-    if lengths.shape != q.shape[:1] or lengths.dtype not in (torch.int32, torch.int64):
+    if lengths.shape != q.shape[:1] or lengths.dtype not in LENGTHS:
         wanted, got = tuple(q.shape[:1]), tuple(lengths.shape)
         raise ValueError(f"lengths must be an int32 or int64 tensor {wanted}, got {lengths.dtype} {got}")
 

@@ -177,22 +177,28 @@ def rotate_and_norm(x: Tensor, cos: Tensor, sin: Tensor, eps: float | None, scal
 
 def check_qk_norm_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, start: int | Tensor, eps: float | None) -> None:
     """Refuse what `qk_norm_rope` cannot mean."""
-    check_given(q=q, k=k, cos=cos, sin=sin)
-    check_devices(q=q, start=start if isinstance(start, Tensor) else None)
-    if q.dim() != 4 or k.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
-        raise ValueError(f"q must be [B, T, H, D] and k [B, T, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
-    if q.dtype != k.dtype or not q.is_floating_point():
-        raise ValueError(f"q and k must have one floating-point dtype, got {q.dtype} and {k.dtype}")
-    B, T, _, D = q.shape
-    if D % 2 or D == 0:
-        raise ValueError(f"the head width must be even to be rotated, got D={D}")
-    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != D // 2:
-        raise ValueError(f"cos and sin must be [S, {D // 2}], got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    check_rotation(q, k, cos, sin, eps)
+    B, T = q.shape[:2]
     if isinstance(start, Tensor):
+        check_given(q=q, start=start)
         if tuple(start.shape) != (B,) or not holds_integers(start):
             raise ValueError(f"start must be an int or an integer tensor [{B}], got {start.dtype} {tuple(start.shape)}")
     elif start < 0 or start + T > cos.shape[0]:
         raise ValueError(f"positions {start} to {start + T - 1} are outside the rotary table of {cos.shape[0]} rows")
+
+
+def check_rotation(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, eps: float | None) -> None:
+    """Refuse what cannot be rotated and normalised, wherever it stands."""
+    check_given(q=q, k=k, cos=cos, sin=sin)
+    if q.dim() != 4 or k.dim() != 4 or (*q.shape[:2], q.shape[3]) != (*k.shape[:2], k.shape[3]):
+        raise ValueError(f"q must be [B, T, H, D] and k [B, T, Hkv, D], got {tuple(q.shape)} and {tuple(k.shape)}")
+    if q.dtype != k.dtype or not q.is_floating_point():
+        raise ValueError(f"q and k must have one floating-point dtype, got {q.dtype} and {k.dtype}")
+    D = q.shape[3]
+    if D % 2 or D == 0:
+        raise ValueError(f"the head width must be even to be rotated, got D={D}")
+    if cos.dim() != 2 or cos.shape != sin.shape or cos.shape[1] != D // 2:
+        raise ValueError(f"cos and sin must be [S, {D // 2}], got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if eps is not None and not eps >= 0:
         raise ValueError(f"qk_norm_rope eps must not be negative, got {eps}")
 
@@ -202,7 +208,7 @@ def check_new_tokens(
 ) -> None:
     """Refuse what no cache can take, in pages or in one piece."""
     check_lengths(lengths, q)
-    check_qk_norm_rope(q, k, cos, sin, lengths, eps)
+    check_rotation(q, k, cos, sin, eps)
     if v.shape != k.shape or v.dtype != k.dtype:
         raise ValueError(f"v must be {k.dtype} {tuple(k.shape)} like k, got {v.dtype} {tuple(v.shape)}")
 
