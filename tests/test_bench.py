@@ -2,16 +2,16 @@
 
 import csv
 import subprocess
-import sys
 from pathlib import Path
 
 from bench.train_step import KINDS, draw
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 
 
 def test_the_training_step_is_timed_and_drawn(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.train_step", "--small", "--device", "cpu", "--turns", "2"]
+    command = [*warm.python(), "-m", "bench.train_step", "--small", "--device", "cpu", "--turns", "2"]
     command += ["--out", str(tmp_path), "--figures", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -28,7 +28,7 @@ def test_the_training_step_is_timed_and_drawn(tmp_path: Path):
 
 
 def test_weak_scaling_is_checked_timed_and_drawn(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.weak_scaling", "--small", "--device", "cpu", "--turns", "1"]
+    command = [*warm.python(), "-m", "bench.weak_scaling", "--small", "--device", "cpu", "--turns", "1"]
     command += ["--checked", "4", "--out", str(tmp_path), "--figures", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -43,7 +43,7 @@ def test_weak_scaling_is_checked_timed_and_drawn(tmp_path: Path):
 
 
 def test_decoding_is_checked_timed_and_drawn(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    command = [*warm.python(), "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
     command += [
         "--figures",
         str(tmp_path),
@@ -70,7 +70,7 @@ def test_decoding_is_checked_timed_and_drawn(tmp_path: Path):
 
 
 def test_decoding_is_timed_over_the_context(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--context"]
+    command = [*warm.python(), "-m", "bench.decode", "--small", "--device", "cpu", "--context"]
     command += ["--out", str(tmp_path), "--figures", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
@@ -80,7 +80,7 @@ def test_decoding_is_timed_over_the_context(tmp_path: Path):
 
 
 def test_other_rows_of_a_bench_of_decoding_stay(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
+    command = [*warm.python(), "-m", "bench.decode", "--small", "--device", "cpu", "--out", str(tmp_path)]
     command += ["--figures", str(tmp_path)]
     for options in ([], ["--quant", "int8", "--quant-cache", "int8"], []):
         run = subprocess.run([*command, *options], cwd=ROOT, capture_output=True, text=True, timeout=120)
@@ -91,7 +91,7 @@ def test_other_rows_of_a_bench_of_decoding_stay(tmp_path: Path):
 
 
 def test_the_first_text_is_timed_from_the_start_of_the_process(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.decode", "--small", "--device", "cpu", "--start", "--out", str(tmp_path)]
+    command = [*warm.python(), "-m", "bench.decode", "--small", "--device", "cpu", "--start", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
     rows = list(csv.DictReader((tmp_path / "decode_start.csv").open()))
@@ -110,7 +110,7 @@ def test_what_did_not_fit_is_left_out_of_the_figure(tmp_path: Path):
 
 
 def test_loss_is_drawn_over_the_wall_clock(tmp_path: Path):
-    command = [sys.executable, "-m", "bench.wall_clock", "--steps", "3", "--run", "torch"]
+    command = [*warm.python(), "-m", "bench.wall_clock", "--steps", "3", "--run", "torch"]
     command += ["--out", str(tmp_path), "--figures", str(tmp_path), "data=fables", "data.megabytes=0.2"]
     command += ["tokenizer=byte", "model=d2", "model.sequence_len=32", "stage.total_batch_size=128"]
     command += ["hardware.device_batch_size=2", "hardware=cpu", "stage.eval_tokens=512"]

@@ -16,6 +16,7 @@ import torch
 import checkpoint
 from config import compose
 from errors import KestrelError
+from tests import warm
 from train import main as train_main
 
 ROOT = Path(__file__).parent.parent
@@ -34,15 +35,21 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    folder: Path, cache: Path, *overrides: str, ranks: int = 1, script: tuple = (str(ROOT / "train.py"),)
+    folder: Path,
+    cache: Path,
+    *overrides: str,
+    ranks: int = 1,
+    script: tuple = (str(ROOT / "train.py"),),
+    cold: bool = False,
 ) -> subprocess.Popen:
-    """train.py in a folder of its own; under torchrun when there are several ranks."""
-    launcher = [sys.executable]
+    """train.py in a folder of its own; under torchrun when there are several ranks. cold: its imports count, too."""
+    launcher = python = [sys.executable] if cold else warm.python()
     if ranks > 1:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        launcher += ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}"]
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", f"--master_port={port}", "--no-python"]
+        launcher = [*python, *torchrun, *python]
     env = os.environ | {"KESTREL_CACHE": str(cache), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     command = [*launcher, *script, *TINY, *overrides]
     return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -78,7 +85,7 @@ def tensors(run: Path) -> dict[str, torch.Tensor]:
 def straight(tmp_path_factory: pytest.TempPathFactory, cache: Path) -> Path:
     """A run of 20 steps without interruption."""
     folder = tmp_path_factory.mktemp("straight")
-    out = train(folder, cache, "stage.num_iterations=20", "stage.eval_every=10", "run=a")
+    out = train(folder, cache, "stage.num_iterations=20", "stage.eval_every=10", "run=a", cold=True)
     (folder / "out.txt").write_text(out)
     return folder / "runs" / "a"
 
@@ -326,7 +333,7 @@ def test_a_sweep_leaves_a_summary(tmp_path: Path, cache: Path):
 
 def test_infer_tells_a_story_of_the_newest_run(straight: Path, cache: Path):
     prompt = 'A "fox", (red): {no}\n[é 日]'
-    command = [sys.executable, str(ROOT / "infer.py"), f"ckpt={straight}", f"prompt={prompt}", "max_new_tokens=2"]
+    command = [*warm.python(), str(ROOT / "infer.py"), f"ckpt={straight}", f"prompt={prompt}", "max_new_tokens=2"]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=straight.parent.parent)
     assert run.returncode == 0, run.stderr
     assert run.stdout.startswith(prompt)

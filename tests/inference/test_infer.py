@@ -17,6 +17,7 @@ from errors import KestrelError
 from inference.request import stops_of
 from inference.sampling import SamplingConfig
 from model import LanguageModel, config_to_dict
+from tests import warm
 from tests.inference.scripted import BOS, BYTES, END
 from tests.model.tiny import NANOCHAT_2026, awake, llama, nanochat
 
@@ -327,15 +328,16 @@ def test_kernels_are_chosen_by_name(runs, capsys):
 # The process itself.
 
 
-def start(runs: Path, *argv: str, **options) -> subprocess.Popen:
-    command = [sys.executable, ROOT / "infer.py", f"runs_dir={runs}", "hardware.device=cpu", *argv]
+def start(runs: Path, *argv: str, cold: bool = False, **options) -> subprocess.Popen:
+    python = [sys.executable] if cold else warm.python()
+    command = [*python, ROOT / "infer.py", f"runs_dir={runs}", "hardware.device=cpu", *argv]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, **{"stdout": pipe, "stderr": pipe, "stdin": subprocess.DEVNULL, **options})
 
 
 def test_a_story_streams_out_of_the_process_and_ctrl_c_ends_it_politely(runs):
     prompt = 'Said "he", it\'s (é) = ${x}: \n🦊'
-    process = start(runs, f"prompt={prompt}", f"max_new_tokens={CONTEXT - 100}", "temperature=1")
+    process = start(runs, f"prompt={prompt}", f"max_new_tokens={CONTEXT - 100}", "temperature=1", cold=True)
     told = process.stdout.read(len(prompt.encode()) + 10)
     assert process.poll() is None, "it had finished before anything could be read"
     process.send_signal(signal.SIGINT)

@@ -2,11 +2,11 @@
 
 import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
+from tests import warm
 from tests.conftest import HAS_GPU
 
 IS_HOPPER = HAS_GPU and torch.cuda.get_device_capability()[0] == 9
@@ -17,7 +17,7 @@ def run_without_interpreter(code: str, *arguments: str) -> list[int]:
     """Run code in a process of its own, as here kernels are the interpreter's → the numbers it printed."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
+        [*warm.python(), "-c", code, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return [int(number) for number in done.stdout.split()]

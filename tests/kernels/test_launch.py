@@ -4,7 +4,6 @@ import inspect
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ tl = triton.language
 import kernels_triton  # noqa: E402  (mends the interpreter)
 from kernels_triton import launch as launching  # noqa: E402
 from kernels_triton.launch import launch  # noqa: E402
+from tests import warm  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 
@@ -141,7 +141,7 @@ for op in kernels_triton.__all__:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["CUDA_VISIBLE_DEVICES"] = ""
     run = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        [*warm.python(), "-c", program], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
     )
     assert run.returncode == 0, run.stderr[-2000:]
     words = (

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from optim.sharding import Ranks
-from tests.optim import rank_worker
-from tests.optim.rank_worker import CLIP, CONFIGS, NO_DECAY, STEPS, averaged_gradients, train
+from tests import warm
+from tests.optim.rank_worker import CLIP, CONFIGS, NO_DECAY, STEPS, averaged_gradients, local_state_numbers, train
 from tests.optim.toy import Toy, snapshot, toy_optimizer
 
 WORLD_SIZES = (2, 3)
@@ -28,7 +27,7 @@ def ranks(tmp_path_factory):
             model, optimizer, _ = alone(world_size, config)
             saved = {"parameters": snapshot(model), "state": optimizer.state_tensors()}
             torch.save(saved, folder / f"single_{world_size}_{name}.pt")
-    mp.spawn(rank_worker.main, (str(folder),), nprocs=3)
+    warm.run_ranks("tests.optim.rank_worker", 3, str(folder))
     return {(W, r): torch.load(folder / f"ranks_{W}_{r}.pt") for W in WORLD_SIZES for r in range(W)}
 
 
@@ -123,7 +122,7 @@ def test_only_small_parameters_have_their_state_on_every_rank(ranks, world_size,
     adamw = [p for group in optimizer.groups if not hasattr(group, "momentum") for p in group.params]
     twice = 2 * sum(p.numel() for p in adamw if p.numel() < 1024)
     parts = [ranks[world_size, rank][name]["local_numbers"] for rank in range(world_size)]
-    assert sum(parts) == rank_worker.local_state_numbers(optimizer) + (world_size - 1) * twice
+    assert sum(parts) == local_state_numbers(optimizer) + (world_size - 1) * twice
 
 
 @each_world

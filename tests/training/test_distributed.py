@@ -3,13 +3,13 @@
 import os
 import socket
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from errors import KestrelError
+from tests import warm
 from training import distributed
 from training.distributed import (
     HardwareConfig,
@@ -275,7 +275,7 @@ def test_two_ranks_agree_and_one_speaks():
     common = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", RANK_PROGRAM],
+            [*warm.python(), "-c", RANK_PROGRAM],
             cwd=ROOT,
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE,

@@ -5,9 +5,8 @@ On a CPU through recorded graphs and gloo; on GPUs through CUDA graphs and NCCL.
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
-from tests.training import rank_step
+from tests import warm
 from tests.training.rank_step import CASES
 from tests.training.test_step import STEPS
 from training.step import EAGER_STEPS
@@ -16,7 +15,7 @@ WORLD_SIZES = (3, 2)  # three share no number of matrices evenly
 
 
 def run_ranks(folder, world_sizes, kernels=None):
-    mp.spawn(rank_step.main, (str(folder), world_sizes, kernels), nprocs=max(world_sizes))
+    warm.run_ranks("tests.training.rank_step", max(world_sizes), str(folder), world_sizes, kernels)
     return {(W, r): torch.load(folder / f"steps_{W}_{r}.pt") for W in world_sizes for r in range(W)}
 
 
