@@ -129,8 +129,9 @@ def test_the_size_of_chunks_changes_nothing_but_memory(backend, reduction, chunk
 @pytest.mark.parametrize("backend", WITH_OP)
 @pytest.mark.parametrize("softcap", [0.5, 15.0, 40.0, 41.0, 1e6, None])
 def test_any_softcap_and_a_vocabulary_of_several_blocks(backend, softcap, device):
-    """Soft-caps on both sides of the one up to which a kernel may take exp(z) as it is."""
-    inputs = CASE.make({"N": 3, "D": 5, "V": 9001, "padding": 15, "softcap": softcap}, torch.float64, device)
+    """Soft-caps on both sides of the one up to which a kernel may take exp(z) as it is. Three blocks, or two."""
+    V = 9001 if HAS_GPU or softcap in (40.0, None) else 4117
+    inputs = CASE.make({"N": 3, "D": 5, "V": V, "padding": 15, "softcap": softcap}, torch.float64, device)
     expected = run(CASE.op, whole, CASE.cast(inputs, torch.float64))
     for name, value in run(CASE.op, MODULES[backend].linear_cross_entropy, inputs).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-11, atol=1e-12)

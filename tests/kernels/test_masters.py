@@ -195,8 +195,9 @@ def test_a_whole_model_gathers_what_autograd_adds_up(form, kernels, device):
     dtype = torch.bfloat16 if HAS_GPU or kernels == "torch" else torch.float32
     ops = triton_ops(device) if kernels == "triton" else None
     ours, theirs = (awake(FORMS[form], dtype, device=device, ops=ops) for _ in range(2))
-    for seed in range(3):
-        row = tokens(2, 33, seed=seed, device=device)
+    interpreted = kernels == "triton" and not HAS_GPU
+    for seed in range(2 if interpreted else 3):
+        row = tokens(2, 18 if interpreted else 33, seed=seed, device=device)
         theirs(row[:, :-1], row[:, 1:]).backward()
         loss = ours(row[:, :-1], row[:, 1:])
         if seed == 0:

@@ -32,10 +32,10 @@ def test_equals_the_formula_and_pytorch(backend, weight, device):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("D", [1, 2, 3, 31, 127, 2049, 8191, 16384, 16385, 32768])
+@pytest.mark.parametrize("D", [1, 2, 3, 31, 127, 2049, 8191, 16384, 16385, 32768 if HAS_GPU else 20480])
 def test_any_width(backend, D, device):
     """One block up to 16384, a loop over columns beyond; a width of two rows and one that is alone."""
-    for M in (1, 3):
+    for M in (1, 3) if HAS_GPU or D < 8191 or D == 16385 else (3,):  # dw takes the interpreter long
         inputs = CASE.make(dict(M=M, D=D, weight=True), torch.float32, device)
         judge("rmsnorm", run("rmsnorm", MODULES[backend].rmsnorm, CASE.cast(inputs, torch.float32)), inputs)
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.model.tiny import FORMS, awake, tokens
+from tests.model.tiny import FORMS, NANOCHAT_2026, awake, llama, nanochat, tokens
 
 
 def loss_and_gradients(model, row):
@@ -59,9 +59,9 @@ def test_an_fp32_model_has_none_and_no_checkpoint_holds_one():
     assert model.state_dict().keys() == names
 
 
-@pytest.mark.parametrize("form", ["2026", "llama"])
-def test_a_compiled_model_reads_copies(form):
-    model, row = awake(FORMS[form], torch.bfloat16), tokens(2, 33)
+@pytest.mark.parametrize("config", [nanochat(**NANOCHAT_2026 | {"depth": 2}), llama(n_layer=1)], ids=["2026", "llama"])
+def test_a_compiled_model_reads_copies(config):
+    model, row = awake(config, torch.bfloat16), tokens(2, 33)
     copies = model.keep_copies()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     first, _ = loss_and_gradients(compiled, row)

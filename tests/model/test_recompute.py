@@ -5,7 +5,7 @@ import torch
 
 from errors import KestrelError
 from model.ops import RECOMPUTABLE
-from tests.model.tiny import FORMS, awake, tokens
+from tests.model.tiny import FORMS, awake, nanochat, tokens
 from training.distributed import HardwareConfig
 
 
@@ -86,7 +86,7 @@ def test_copies_and_recomputing_go_together():
 
 
 def test_a_compiled_model_recomputes():
-    model, row = awake(FORMS["plain"]), tokens(2, 33)
+    model, row = awake(nanochat(depth=1)), tokens(2, 33)
     eager = model(row[:, :-1], row[:, 1:])
     model.recompute(["relu2_mlp"])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import warm
-from tests.training.rank_step import CASES
+from tests.training.rank_step import CASES, cases_of
 from tests.training.test_step import STEPS
 from training.step import EAGER_STEPS
 
@@ -26,7 +26,9 @@ def ranks(tmp_path_factory):
 
 
 each_world = pytest.mark.parametrize("world_size", WORLD_SIZES)
-each_case = pytest.mark.parametrize("case", CASES)
+each_world_and_case = pytest.mark.parametrize(
+    ("world_size", "case"), [(W, case) for W in WORLD_SIZES for case in cases_of(W)]
+)
 
 
 def assert_same(ours: dict, theirs: dict) -> None:
@@ -37,8 +39,7 @@ def assert_same(ours: dict, theirs: dict) -> None:
 
 
 @pytest.mark.parametrize("kind", ["captured", "local"])
-@each_case
-@each_world
+@each_world_and_case
 def test_captured_equals_eager(ranks, world_size, case, kind):
     """With a validation and a checkpoint's state gathered among eager steps and among captured ones."""
     for rank in range(world_size):
@@ -47,8 +48,7 @@ def test_captured_equals_eager(ranks, world_size, case, kind):
         assert mine[case, kind]["released"]
 
 
-@each_case
-@each_world
+@each_world_and_case
 def test_all_ranks_hold_bitwise_the_same_parameters(ranks, world_size, case):
     first = ranks[world_size, 0][case, "captured"]["state"]
     for rank in range(1, world_size):
@@ -60,8 +60,7 @@ def messages(operations):
     return [operation for operation in operations if operation[0].startswith("c10d")]
 
 
-@each_case
-@each_world
+@each_world_and_case
 def test_every_rank_records_the_same_messages_in_the_same_order(ranks, world_size, case):
     recorded = [ranks[world_size, rank][case, "captured"]["operations"] for rank in range(world_size)]
     for graphs in zip(*recorded, strict=True):
@@ -73,8 +72,7 @@ def test_every_rank_records_the_same_messages_in_the_same_order(ranks, world_siz
     assert not any(messages(g) for r in range(world_size) for g in ranks[world_size, r][case, "local"]["operations"])
 
 
-@each_case
-@each_world
+@each_world_and_case
 def test_captured_gradients_leave_while_the_backward_pass_runs(ranks, world_size, case):
     """Between two operations that make gradients: all but the last of the table's are begun before it is made."""
     names = [name for name, _ in ranks[world_size, 0][case, "captured"]["operations"][-1]]
