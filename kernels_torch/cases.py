@@ -483,7 +483,7 @@ CASES = {
             inputs=mix_rmsnorm_inputs,
             flops=lambda M, D, branch=True, **_: 8 * M * D,
             bytes=lambda M, D, branch=True, **_: (5 if branch else 4) * M * D,
-            backward=lambda branch=True, **_: (2.0, 1.6 if branch else 1.75),  # reads 6 or 5 tensors, writes 2 gradients
+            backward=lambda branch=True, **_: (2.0, 1.6 if branch else 1.75),  # reads 6 or 5, writes 2
             differentiable=("x", "anchor", "x_scale", "anchor_scale", "branch"),
             batched=("x", "anchor", "branch"),
             fp32=("x_scale", "anchor_scale"),
