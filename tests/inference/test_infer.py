@@ -321,7 +321,7 @@ def test_the_same_command_tells_the_same_story_streamed_or_not(runs, capsys):
 def test_kernels_are_chosen_by_name(runs, capsys):
     infer.main(config_for("max_new_tokens=2", "kernels.rmsnorm=torch", runs_dir=runs, prompt="a"))
     assert "kernels: all torch" in capsys.readouterr().err
-    with pytest.raises(KestrelError, match="kernels.rmsnorm=nothing"):
+    with pytest.raises(KestrelError, match=r"kernels\.rmsnorm=nothing"):
         infer.main(config_for("kernels.rmsnorm=nothing", runs_dir=runs, prompt="a"))
 
 
